@@ -1,0 +1,1 @@
+"""Sets of images in classes, for few-shot learning."""
