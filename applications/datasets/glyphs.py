@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from applications.datasets.images import ClassImages
 from applications.datasets.strokes import CONTROLS, SCRIPT_LENGTH, Script, character
 
-SAMPLES = 64
+# Distance between samples of a pen's path, for a character 1 long: below the width of the finest pen, or its line
+# would come out dotted.
+SPACING = 0.015
 Floats = NDArray[np.float64]
 
 _SCRIPT_STREAM, _CHARACTER_STREAM, _DRAWING_STREAM, _DRAWER_STREAM = range(4)
@@ -49,7 +51,8 @@ def glyphs(classes: int = 1200, drawers: int = 20, size: int = 28, seed: int = 0
         script = Script.invent(np.random.default_rng([seed, _SCRIPT_STREAM, number]))
         strokes = character(np.random.default_rng([seed, _CHARACTER_STREAM, index]), script)
         noise = np.random.default_rng([seed, _DRAWING_STREAM, index])
-        images[index, :, 0] = _render(_draw(strokes, styles, noise), styles.pen, size)
+        path, ends = _draw(strokes, styles, noise)
+        images[index, :, 0] = _render(path, ends, styles.pen, size)
         names.append(f"script{number:04d}/character{position + 1:02d}")
     return ClassImages(images=torch.from_numpy(images), names=tuple(names), source="glyphs")
 
@@ -81,32 +84,36 @@ def _styles(drawers: int, seed: int) -> _Styles:
     draws = np.stack([np.random.default_rng([seed, _DRAWER_STREAM, j]).random(7) for j in range(drawers)])
     slant, stretch, extent, pen, mess, tremor, tilt = draws.T
     return _Styles(
-        slant=-0.25 + 0.5 * slant,
+        slant=-0.15 + 0.4 * slant,
         stretch=np.exp(-0.2 + 0.4 * stretch),
         extent=0.66 + 0.22 * extent,
-        pen=0.020 + 0.012 * pen,
-        mess=0.025 + 0.035 * mess,
-        tremor=0.002 + 0.006 * tremor,
+        pen=0.017 + 0.008 * pen,
+        mess=0.02 + 0.03 * mess,
+        tremor=0.003 + 0.007 * tremor,
         tilt=np.radians(-6 + 12 * tilt),
     )
 
 
-def _draw(strokes: Floats, styles: _Styles, rng: np.random.Generator) -> Floats:
-    """Pen positions ``[drawers, strokes, SAMPLES, 2]`` in the unit frame, of one drawing by each drawer."""
+def _draw(strokes: Floats, styles: _Styles, rng: np.random.Generator) -> tuple[Floats, NDArray[np.intp]]:
+    """One drawing by each drawer.
+
+    Returns the pen's path ``[drawers, samples, 2]`` in the unit frame, all strokes one after the other, and the
+    last sample of each stroke.
+    """
     count = strokes.shape[0]
     # One row of numbers a drawer, so that the first drawers' drawings don't depend on how many follow.
-    noise = rng.standard_normal((styles.pen.shape[0], count * (CONTROLS + SAMPLES + 3) * 2 + 6))
-    whole, noise = noise[:, :6], noise[:, 6:].reshape(-1, count, CONTROLS + SAMPLES + 3, 2)
-    mess = styles.mess[:, None, None, None]
+    noise = rng.standard_normal((styles.pen.shape[0], count * (2 * CONTROLS + 3) * 2 + 6))
+    whole, noise = noise[:, :6], noise[:, 6:].reshape(-1, count, 2 * CONTROLS + 3, 2)
+    mess, tremor = styles.mess[:, None, None, None], styles.tremor[:, None, None, None]
 
     offset, growth, turn = noise[:, :, 0:1], noise[:, :, 1:2], noise[:, :, 2:3, :1]
-    centre = strokes.mean(axis=1, keepdims=True)
-    arm = strokes - centre
-    points = centre + arm * (1 + 1.8 * mess * growth) + 1.4 * mess * turn * arm[..., ::-1] * (1, -1)
-    points = points + 0.7 * mess * offset + mess * (_BEND @ noise[:, :, 3 : 3 + CONTROLS])
-    path = _SPLINE @ points
-    path = path + styles.tremor[:, None, None, None] * (_SHAKE @ noise[:, :, 3 + CONTROLS :])
-    return _place(path, styles, whole)
+    arm = strokes - strokes.mean(axis=1, keepdims=True)
+    points = strokes + mess * (0.7 * offset + 1.8 * growth * arm + 1.4 * turn * arm[..., ::-1] * (1, -1))
+    points = points + mess * (_BEND @ noise[:, :, 3 : 3 + CONTROLS]) + tremor * noise[:, :, 3 + CONTROLS :]
+
+    bases = [_even_spline(stroke) for stroke in strokes]
+    path = np.concatenate([basis @ points[:, index] for index, basis in enumerate(bases)], axis=1)
+    return _place(path, styles, whole), np.cumsum([len(basis) for basis in bases]) - 1
 
 
 def _place(path: Floats, styles: _Styles, whole: Floats) -> Floats:
@@ -117,17 +124,17 @@ def _place(path: Floats, styles: _Styles, whole: Floats) -> Floats:
     cos, sin = np.cos(angle), np.sin(angle)
     slanted = np.stack([np.stack([stretch, -shear / stretch], -1), np.stack([0 * shear, 1 / stretch], -1)], -2)
     turned = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2) @ slanted
-    path = np.einsum("dij,dspj->dspi", turned, path)
+    path = np.einsum("dij,dpj->dpi", turned, path)
 
-    low, high = path.min(axis=(1, 2), keepdims=True), path.max(axis=(1, 2), keepdims=True)
-    extent = np.minimum(styles.extent * np.exp(0.06 * whole[:, 3]), 0.90)[:, None, None, None]
+    low, high = path.min(axis=1, keepdims=True), path.max(axis=1, keepdims=True)
+    extent = np.minimum(styles.extent * np.exp(0.06 * whole[:, 3]), 0.90)[:, None, None]
     path = (path - (low + high) / 2) * (extent / (high - low).max(axis=-1, keepdims=True))
     room = (0.94 - extent) / 2
-    shift = np.clip(0.03 * whole[:, 4:6][:, None, None, :], -room, room)
+    shift = np.clip(0.03 * whole[:, None, 4:6], -room, room)
     return 0.5 + path + shift
 
 
-def _render(path: Floats, pen: Floats, size: int) -> NDArray[np.uint8]:
+def _render(path: Floats, ends: NDArray[np.intp], pen: Floats, size: int) -> NDArray[np.uint8]:
     """Ink ``[drawers, size, size]`` left by a round, soft pen.
 
     A Gaussian of width sigma dragged along a line with weight ds/(sqrt(2 pi) sigma) leaves the profile
@@ -135,10 +142,11 @@ def _render(path: Floats, pen: Floats, size: int) -> NDArray[np.uint8]:
     samples of a path is a matrix product rather than a distance for each pixel and sample.
     """
     path, sigma = path * size, pen * size
-    length = np.linalg.norm(np.gradient(path, axis=2), axis=-1)
-    drawers = path.shape[0]
-    weight = (length.reshape(drawers, -1) / (math.sqrt(2 * math.pi) * sigma[:, None])).astype(np.float32)
-    scaled = (path.reshape(drawers, -1, 2) / (math.sqrt(2) * sigma)[:, None, None]).astype(np.float32)
+    steps = np.linalg.norm(np.diff(path, axis=1), axis=-1)
+    steps[:, ends[:-1]] = 0.0
+    length = (np.pad(steps, ((0, 0), (0, 1))) + np.pad(steps, ((0, 0), (1, 0)))) / 2
+    weight = (length / (math.sqrt(2 * math.pi) * sigma[:, None])).astype(np.float32)
+    scaled = (path / (math.sqrt(2) * sigma)[:, None, None]).astype(np.float32)
     grid = ((np.arange(size) + 0.5) / (math.sqrt(2) * sigma)[:, None]).astype(np.float32)
     across = np.exp(-((scaled[:, :, 0, None] - grid[:, None, :]) ** 2))
     down = np.exp(-((scaled[:, :, 1, None] - grid[:, None, :]) ** 2)) * weight[:, :, None]
@@ -150,24 +158,32 @@ def _render(path: Floats, pen: Floats, size: int) -> NDArray[np.uint8]:
     return np.rint(255 * (1 - ink)).astype(np.uint8)
 
 
-def _spline_matrix() -> Floats:
-    """Catmull-Rom spline through the controls, ``[SAMPLES, CONTROLS]``, with mirrored ends."""
-    position = np.linspace(0, CONTROLS - 1, SAMPLES)
-    left = np.minimum(position.astype(int), CONTROLS - 2)
-    u = position - left
+def _even_spline(stroke: Floats) -> Floats:
+    """Matrix ``[samples, CONTROLS]`` that runs through the controls of a stroke at an even pace."""
+    times = np.linspace(0, CONTROLS - 1, len(_DENSE))
+    steps = np.linalg.norm(np.diff(_DENSE @ stroke, axis=0), axis=-1)
+    travelled = np.concatenate([[0.0], np.cumsum(steps)])
+    samples = 2 + math.ceil(travelled[-1] / SPACING)
+    return _spline(np.interp(np.linspace(0, travelled[-1], samples), travelled, times))
+
+
+def _spline(times: Floats) -> Floats:
+    """Catmull-Rom spline with mirrored ends: ``[times, CONTROLS]``, control ``i`` being passed at time ``i``."""
+    left = np.minimum(times.astype(int), CONTROLS - 2)
+    u = times - left
     blends = (
         (-u + 2 * u**2 - u**3) / 2,
         (2 - 5 * u**2 + 3 * u**3) / 2,
         (u + 4 * u**2 - 3 * u**3) / 2,
         (-(u**2) + u**3) / 2,
     )
-    padded = np.zeros((SAMPLES, CONTROLS + 2))
+    padded = np.zeros((len(times), CONTROLS + 2))
     for step, blend in enumerate(blends):
-        padded[np.arange(SAMPLES), left + step] += blend
-    mirror = np.zeros((CONTROLS + 2, CONTROLS))
-    mirror[1:-1] = np.eye(CONTROLS)
-    mirror[0, :2] = mirror[-1, :-3:-1] = (2, -1)
-    return padded @ mirror
+        padded[np.arange(len(times)), left + step] = blend
+    matrix = padded[:, 1:-1]
+    matrix[:, :2] += padded[:, :1] * (2, -1)
+    matrix[:, -2:] += padded[:, -1:] * (-1, 2)
+    return matrix
 
 
 def _smoother(points: int, reach: float) -> Floats:
@@ -177,6 +193,5 @@ def _smoother(points: int, reach: float) -> Floats:
     return kernel / np.linalg.norm(kernel, axis=1, keepdims=True)
 
 
-_SPLINE = _spline_matrix()
+_DENSE = _spline(np.linspace(0, CONTROLS - 1, 8 * (CONTROLS - 1) + 1))
 _BEND = _smoother(CONTROLS, 2.5)
-_SHAKE = _smoother(SAMPLES, 2.0)

@@ -15,7 +15,9 @@ _TITLE_HEIGHT = 12
 _BACKGROUND = (200, 208, 220)
 
 
-def contact_sheet(images: Tensor, path: str | os.PathLike[str], columns: int, titles: Sequence[str] | None = None) -> None:
+def contact_sheet(
+    images: Tensor, path: str | os.PathLike[str], columns: int, titles: Sequence[str] | None = None
+) -> None:
     """Write images side by side, row by row, into one PNG.
 
     Args:

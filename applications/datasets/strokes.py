@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 CONTROLS = 13
 SCRIPT_LENGTH = 24
+# Length of all strokes for a character 1 long: less is a mere line, of which every script would have the same,
+# and more clots at 28 pixels.
+LEAST_INK, MOST_INK = 1.4, 4.2
 Floats = NDArray[np.float64]
 Kind = Callable[[np.random.Generator, Floats, Floats], Floats]
 
@@ -59,13 +62,28 @@ def character(rng: np.random.Generator, script: Script) -> Floats:
     Returns:
         Strokes ``[strokes, CONTROLS, 2]``, centred on 0, the longer side of their box 1 long.
     """
-    count = 1 + int(rng.choice(4, p=script.lengths))
-    strokes = [_cursive(rng) if count == 1 else _main(rng, script)]
-    while len(strokes) < count:
-        strokes.append(_attached(rng, script, strokes))
-    points = np.stack(strokes) * (script.width, 1.0)
-    low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
-    return (points - (low + high) / 2) / (high - low).max()
+    while True:
+        count = 1 + int(rng.choice(4, p=script.lengths))
+        strokes = [_cursive(rng) if count == 1 else _main(rng, script)]
+        while len(strokes) < count:
+            strokes.append(_attached(rng, script, strokes))
+        points = np.stack(strokes) * (script.width, 1.0)
+        low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
+        points = (points - (low + high) / 2) / (high - low).max()
+        ink = np.linalg.norm(np.diff(points, axis=1), axis=-1).sum()
+        if LEAST_INK <= ink <= MOST_INK and not _overwritten(points):
+            return points
+
+
+def _overwritten(strokes: Floats) -> bool:
+    """Whether a stroke runs along another rather than meeting it: nobody would write it, or tell it apart."""
+    for index, stroke in enumerate(strokes[1:], start=1):
+        earlier = strokes[:index]
+        finer = np.concatenate([earlier, (earlier[:, 1:] + earlier[:, :-1]) / 2], axis=1).reshape(-1, 2)
+        gaps = np.linalg.norm(stroke[:, None] - finer, axis=-1).min(axis=1)
+        if (gaps < 0.09).sum() > 4:
+            return True
+    return False
 
 
 def _anchor(rng: np.random.Generator) -> Floats:
@@ -74,9 +92,11 @@ def _anchor(rng: np.random.Generator) -> Floats:
 
 
 def _far_anchor(rng: np.random.Generator, start: Floats, distance: float) -> Floats:
+    """An anchor some way off, level with the start or plumb to it more often than chance would have it."""
     while True:
         end = _anchor(rng)
-        if np.linalg.norm(end - start) >= distance:
+        oblique = np.abs(end - start).min() > 0.15
+        if np.linalg.norm(end - start) >= distance and not (oblique and rng.random() < 0.6):
             return end
 
 
@@ -178,19 +198,20 @@ def _hook(rng: np.random.Generator, start: Floats, end: Floats) -> Floats:
     return np.concatenate([start + (end - start) * np.linspace(0, 1, straight)[:, None], arc])
 
 
-def _corners(vertices: Floats) -> Floats:
-    at = np.linspace(0, 1, len(vertices))
+def _through(vertices: Floats, at: Floats) -> Floats:
+    """Straight from vertex to vertex, each reached at its time."""
     return np.stack([np.interp(_T, at, vertices[:, axis]) for axis in range(2)], axis=-1)
 
 
 def _angle(rng: np.random.Generator, start: Floats, end: Floats) -> Floats:
     tip = (start + end) / 2 + rng.choice((-1.0, 1.0)) * rng.uniform(0.35, 0.8) * _normal(start, end)
-    return _corners(np.stack([start, tip, end]))
+    return _through(np.stack([start, tip, end]), np.linspace(0, 1, 3))
 
 
 def _zigzag(rng: np.random.Generator, start: Floats, end: Floats) -> Floats:
     side = rng.choice((-1.0, 1.0)) * rng.uniform(0.2, 0.45) * _normal(start, end)
-    return _corners(np.stack([start, (2 * start + end) / 3 + side, (start + 2 * end) / 3 - side, end]))
+    vertices = np.stack([start, (2 * start + end) / 3 + side, (start + 2 * end) / 3 - side, end])
+    return _through(vertices, np.linspace(0, 1, 4))
 
 
 def _cursive(rng: np.random.Generator) -> Floats:
@@ -198,7 +219,10 @@ def _cursive(rng: np.random.Generator) -> Floats:
     path = [_anchor(rng)]
     for _ in range(int(rng.integers(3, 6))):
         path.append(_far_anchor(rng, path[-1], 0.45))
-    rough = _corners(np.stack(path))
+    vertices = np.stack(path)
+    # An even pace, or the samples of a long leg would lie apart as dots.
+    travelled = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(vertices, axis=0), axis=1))])
+    rough = _through(vertices, travelled / travelled[-1])
     rounded = np.copy(rough)
     rounded[1:-1] = (rough[:-2] + 2 * rough[1:-1] + rough[2:]) / 4
     return rounded
