@@ -235,7 +235,7 @@ SOUND = {
     f"{PACKAGE}/nn.py": "from implicitlayers.api import argmin\n",
     f"{PACKAGE}/testing/__init__.py": "from . import strategies\n",
     f"{PACKAGE}/testing/strategies.py": "import hypothesis\nfrom implicitlayers import status\n",
-    "applications/toy.py": "import implicitlayers as il\nfrom implicitlayers import argmin, nn, testing\nil.nn.A(il.CG())\n",
+    "applications/toy.py": "import implicitlayers as il\nfrom implicitlayers import nn, testing\nil.nn.A(il.CG())\n",
     "benchmarks/speed.py": "from implicitlayers.testing import strategies\nimport applications.toy\n",
 }
 
