@@ -23,7 +23,7 @@ def _isolated_torch():
     yield
     torch.set_default_dtype(dtype)
     if torch.get_default_device() != device:
-        torch.set_default_device(device)
+        torch.set_default_device(None)
 
 
 def pytest_collection_modifyitems(items):
