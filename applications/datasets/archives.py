@@ -109,6 +109,9 @@ def _check_magic(path: Path) -> None:
 
 def _decode(content: bytes, name: str, size: int) -> Pixels:
     try:
+        # Loading alone overlooks checksums, and a flipped bit can pass as another drawing; verifying uses an image up.
+        with Image.open(BytesIO(content), formats=("PNG",)) as image:
+            image.verify()
         with Image.open(BytesIO(content), formats=("PNG",)) as image:
             # One-bit images must become grey first: Pillow resizes palettes and bits by nearest neighbour only.
             grey = image.convert("L")

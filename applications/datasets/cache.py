@@ -64,7 +64,7 @@ def read_cache(file_name: str) -> ClassImages | None:
         warnings.warn(
             f"the cache file {file_name} in $IMPLICITLAYERS_CACHE or the user's cache folder cannot be used "
             f"({type(error).__name__}: {error}); reading the dataset from its source and replacing the file.",
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
 
@@ -89,7 +89,7 @@ def write_cache(file_name: str, dataset: ClassImages) -> None:
         warnings.warn(
             f"the dataset could not be cached ({type(error).__name__}: {error}) and will be decoded again next time; "
             f"set $IMPLICITLAYERS_CACHE to a folder that can be written, or pass cache=False.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -106,4 +106,4 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _checksum(images: Tensor) -> str:
-    return f"{zlib.crc32(images.contiguous().numpy()):08x}"
+    return f"{zlib.crc32(images.numpy().tobytes()):08x}"

@@ -37,7 +37,7 @@ def split_classes(classes: int, sizes: Mapping[str, int], seed: int) -> dict[str
             f"sizes={dict(sizes)} wants {wanted} classes, but there are only {classes} and no class may be in two "
             f"parts; pass sizes that sum to at most {classes}."
         )
-    order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed), device="cpu")
     dealt: dict[str, Tensor] = {}
     start = 0
     for name in sorted(sizes):

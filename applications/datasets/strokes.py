@@ -16,7 +16,9 @@ CONTROLS = 13
 SCRIPT_LENGTH = 24
 # Length of all strokes for a character 1 long: less is a mere line, of which every script would have the same,
 # and more clots at 28 pixels.
-LEAST_INK, MOST_INK = 1.4, 4.2
+LEAST_INK, MOST_INK = 1.4, 3.8
+# Shorter by longer side of the box: below it, a pen has gone to and fro on one line.
+LEAST_BREADTH = 0.25
 Floats = NDArray[np.float64]
 Kind = Callable[[np.random.Generator, Floats, Floats], Floats]
 
@@ -62,28 +64,29 @@ def character(rng: np.random.Generator, script: Script) -> Floats:
     Returns:
         Strokes ``[strokes, CONTROLS, 2]``, centred on 0, the longer side of their box 1 long.
     """
+    # Outside the loop, or the refusals would be of many strokes more often than of few.
+    count = 1 + int(rng.choice(4, p=script.lengths))
     while True:
-        count = 1 + int(rng.choice(4, p=script.lengths))
         strokes = [_cursive(rng) if count == 1 else _main(rng, script)]
         while len(strokes) < count:
-            strokes.append(_attached(rng, script, strokes))
+            stroke = _attached(rng, script, strokes)
+            if not _runs_along(stroke, strokes):
+                strokes.append(stroke)
         points = np.stack(strokes) * (script.width, 1.0)
         low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
-        points = (points - (low + high) / 2) / (high - low).max()
+        longer, shorter = (high - low).max(), (high - low).min()
+        points = (points - (low + high) / 2) / longer
         ink = np.linalg.norm(np.diff(points, axis=1), axis=-1).sum()
-        if LEAST_INK <= ink <= MOST_INK and not _overwritten(points):
+        if LEAST_INK <= ink <= MOST_INK and shorter >= LEAST_BREADTH * longer:
             return points
 
 
-def _overwritten(strokes: Floats) -> bool:
+def _runs_along(stroke: Floats, earlier: list[Floats]) -> bool:
     """Whether a stroke runs along another rather than meeting it: nobody would write it, or tell it apart."""
-    for index, stroke in enumerate(strokes[1:], start=1):
-        earlier = strokes[:index]
-        finer = np.concatenate([earlier, (earlier[:, 1:] + earlier[:, :-1]) / 2], axis=1).reshape(-1, 2)
-        gaps = np.linalg.norm(stroke[:, None] - finer, axis=-1).min(axis=1)
-        if (gaps < 0.09).sum() > 4:
-            return True
-    return False
+    points = np.stack(earlier)
+    finer = np.concatenate([points, (points[:, 1:] + points[:, :-1]) / 2], axis=1).reshape(-1, 2)
+    gaps = np.linalg.norm(stroke[:, None] - finer, axis=-1).min(axis=1)
+    return bool((gaps < 0.1).sum() > 4)
 
 
 def _anchor(rng: np.random.Generator) -> Floats:
@@ -121,7 +124,7 @@ def _attached(rng: np.random.Generator, script: Script, strokes: list[Floats]) -
         return _kind(rng, script)(rng, point, other if far else _far_anchor(rng, point, 0.4))
     if choice < 0.78:
         return _cross(rng, host, point)
-    if choice < 0.92:
+    if choice < 0.95:
         return _loop(rng, point)
     return _mark(rng, strokes)
 

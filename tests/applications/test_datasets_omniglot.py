@@ -1,0 +1,401 @@
+"""Omniglot from archives and folders, from damaged ones, and from the cache."""
+
+import os
+import random
+import warnings
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from applications.datasets import load, omniglot
+
+# Names whose order by code point is neither that of the parts nor that of the listing.
+CHARACTERS = {
+    "images_background": ["Zulu/character02", "Zulu/character01", "Greek/character10", "Greek/character09"],
+    "images_evaluation": ["Alpha_(new)/character01", "alpha/character01"],
+}
+ORDER = (
+    "Alpha_(new)/character01",
+    "Greek/character09",
+    "Greek/character10",
+    "Zulu/character01",
+    "Zulu/character02",
+    "alpha/character01",
+)
+REAL = [
+    Path(os.environ["IMPLICITLAYERS_DATA"]) if os.environ.get("IMPLICITLAYERS_DATA") else None,
+    Path(__file__).resolve().parents[3] / "shared" / "data",
+]
+
+
+def drawing(class_name, number):
+    """One-bit PNG of 105 x 105 with ink 0 on paper 1, different for each class and number."""
+    bits = np.ones((105, 105), dtype=bool)
+    bits[10 + 4 * number : 13 + 4 * number, 10 : 30 + 10 * ORDER.index(class_name)] = False
+    file = BytesIO()
+    Image.fromarray(bits).save(file, "PNG")
+    return file.getvalue()
+
+
+def tree(part):
+    return {
+        f"{part}/{name}/{1 + index:04d}_{number + 1:02d}.png": drawing(name, number)
+        for index, name in enumerate(CHARACTERS[part])
+        for number in range(20)
+    }
+
+
+def write_zip(path, files, order=list):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in order(files):
+            archive.writestr(name, files[name])
+
+
+def write_folder(root, files):
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+def write_zips(root, order=list):
+    for part in CHARACTERS:
+        write_zip(root / f"{part}.zip", tree(part), order)
+
+
+def shuffled(names):
+    names = list(names)
+    random.Random(0).shuffle(names)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    """No test may touch the user's own cache."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("IMPLICITLAYERS_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_zips(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_order_shape_and_values(root):
+    dataset = omniglot(root, cache=False)
+    assert dataset.images.shape == (6, 20, 1, 28, 28)
+    assert dataset.names == ORDER
+    assert dataset.source == "omniglot"
+    assert dataset.images[0, 0, 0, 0, 0] == 255, "paper should be white"
+    for index, name in enumerate(ORDER):
+        for number in (0, 1, 19):
+            with Image.open(BytesIO(drawing(name, number))) as image:
+                expected = np.asarray(image.convert("L").resize((28, 28), Image.Resampling.LANCZOS))
+            np.testing.assert_array_equal(dataset.images[index, number, 0].numpy(), expected)
+
+
+def test_resizing_is_smooth(root):
+    assert len(omniglot(root, cache=False).images.unique()) > 10, "nearest neighbour would leave two values"
+
+
+def test_full_size_is_the_original(root):
+    images = omniglot(root, size=105, cache=False).images
+    assert images.unique().tolist() == [0, 255]
+    assert (images[1, 0, 0, 10:13, 10:40] == 0).all()
+
+
+@pytest.mark.parametrize("place", [".", "omniglot-py", "omniglot"])
+@pytest.mark.parametrize("form", ["zips", "shuffled zips", "folders", "zip and folder"])
+def test_every_layout_gives_the_same(root, tmp_path, place, form):
+    folder = tmp_path / "other" / place
+    if form.endswith("zips"):
+        write_zips(folder, shuffled if form.startswith("shuffled") else list)
+    else:
+        background, evaluation = CHARACTERS
+        write_folder(folder, tree(evaluation))
+        if form == "folders":
+            write_folder(folder, tree(background))
+        else:
+            write_zip(folder / f"{background}.zip", tree(background))
+    expected, found = omniglot(root, cache=False), omniglot(tmp_path / "other", cache=False)
+    assert found.images.equal(expected.images)
+    assert found.names == expected.names
+
+
+def test_folder_listing_order_does_not_matter(tmp_path, monkeypatch):
+    for part in CHARACTERS:
+        write_folder(tmp_path / "data", tree(part))
+    expected = omniglot(tmp_path / "data", cache=False)
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(shuffled(listed(self, pattern))))
+    assert omniglot(tmp_path / "data", cache=False).images.equal(expected.images)
+
+
+def test_other_files_are_passed_over(root, tmp_path):
+    part = "images_background"
+    junk = {
+        f"{part}/Zulu/character01/._0001_01.png": b"finder",
+        f"__MACOSX/{part}/Zulu/character01/0001_01.png": b"finder",
+        f"{part}/Zulu/character01/Thumbs.db": b"explorer",
+        f"../{part}/Zulu/character01/0001_21.png": drawing("Zulu/character01", 0),
+        f"{part}/readme.png": b"not an image",
+    }
+    expected = omniglot(root, cache=False)
+    write_zip(root / f"{part}.zip", tree(part) | junk)
+    before = sorted(tmp_path.rglob("*"))
+    assert omniglot(root, cache=False).images.equal(expected.images)
+    assert sorted(tmp_path.rglob("*")) == before, "nothing should be extracted"
+
+
+def test_place_with_both_parts_is_taken_before_one_with_a_single_part(root):
+    expected = omniglot(root, cache=False)
+    write_zips(root / "omniglot")
+    (root / "images_evaluation.zip").unlink()
+    assert omniglot(root, cache=False).images.equal(expected.images)
+
+
+def test_missing_root(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere' does not exist.*images_background\.zip"):
+        omniglot(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"file' is a file"):
+        omniglot(tmp_path / "file")
+
+
+def test_empty_root_says_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no Omniglot") as caught:
+        omniglot(tmp_path)
+    for place in (tmp_path, tmp_path / "omniglot-py", tmp_path / "omniglot"):
+        for part in CHARACTERS:
+            assert str(place / part) in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", CHARACTERS)
+def test_single_part(root, missing):
+    (root / f"{missing}.zip").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"neither {missing}\.zip.*https://.*/{missing}\.zip"):
+        omniglot(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html><title>Moved</title>", r"not a zip: it is an HTML page.*download"),
+        (b"\n <HTML>", r"HTML page"),
+        (b"", r"not a zip: it is empty"),
+        (b"\x1f\x8b\x08\x00", r"not a zip: it starts with b'\\x1f\\x8b"),
+    ],
+)
+def test_not_a_zip(root, content, message):
+    (root / "images_evaluation.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        omniglot(root)
+
+
+def test_truncated_zip(root):
+    path = root / "images_evaluation.zip"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"images_evaluation\.zip is a truncated or corrupt zip.*download it again"):
+        omniglot(root)
+
+
+def test_corrupt_zip_member(root):
+    path = root / "images_evaluation.zip"
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        member = archive.infolist()[7]
+    content[member.header_offset + 30 + len(member.filename) + 20] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"corrupt zip.*{member.filename[-11:]}"):
+        omniglot(root)
+
+
+def test_zip_of_something_else(root):
+    write_zip(root / "images_evaluation.zip", tree("images_background"))
+    with pytest.raises(ValueError, match=r"holds no images_evaluation/<Alphabet>"):
+        omniglot(root)
+
+
+@pytest.mark.parametrize("form", ["zip", "folder"])
+@pytest.mark.parametrize("damage", ["text", "half", "flipped bit", "no end"])
+def test_corrupt_png(root, form, damage):
+    part = "images_evaluation"
+    files = tree(part)
+    name = sorted(files)[25]
+    png = bytearray(files[name])
+    png[png.index(b"IDAT") + 8] ^= 1
+    files[name] = {
+        "text": b"<html>",
+        "half": files[name][:60],
+        "flipped bit": bytes(png),
+        "no end": files[name][:-12],
+    }[damage]
+    (root / f"{part}.zip").unlink()
+    if form == "zip":
+        write_zip(root / f"{part}.zip", files)
+    else:
+        write_folder(root, files)
+    with pytest.raises(ValueError, match=rf"{name.rpartition('/')[2]} in .*truncated or corrupt PNG"):
+        omniglot(root)
+
+
+@pytest.mark.parametrize("count", [19, 21])
+def test_character_with_other_than_twenty_drawings(root, count):
+    part = "images_evaluation"
+    files = tree(part)
+    if count < 20:
+        del files[f"{part}/alpha/character01/0002_07.png"]
+    else:
+        files[f"{part}/alpha/character01/0002_21.png"] = drawing("alpha/character01", 0)
+    write_zip(root / f"{part}.zip", files)
+    with pytest.raises(ValueError, match=rf"alpha/character01 has {count} drawings.*has 20"):
+        omniglot(root)
+
+
+def test_character_in_both_parts(root):
+    part = "images_evaluation"
+    doubled = {name.replace("alpha", "Zulu"): content for name, content in tree(part).items()}
+    write_zip(root / f"{part}.zip", doubled)
+    with pytest.raises(ValueError, match=r"Zulu/character01 has 40 drawings"):
+        omniglot(root)
+
+
+def test_impossible_size(root):
+    with pytest.raises(ValueError, match=r"size=0 .*such as 28"):
+        omniglot(root, size=0)
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """Make it an error to open an image from here on, once called."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("an image was decoded")
+
+    return lambda: monkeypatch.setattr(Image, "open", refuse)
+
+
+def cached_file(folder):
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_cache_round_trip(root, cache_folder, no_decoding):
+    first = omniglot(root)
+    assert cached_file(cache_folder).suffix == ".safetensors", "no temporary file should be left"
+    no_decoding()
+    second = omniglot(root)
+    assert second.images.equal(first.images)
+    assert second.images.dtype == torch.uint8
+    assert (second.names, second.source) == (first.names, first.source)
+
+
+def test_no_cache(root, cache_folder):
+    omniglot(root, cache=False)
+    assert not cache_folder.exists()
+
+
+def test_cache_is_not_used_for_another_size_or_changed_source(root, cache_folder):
+    assert omniglot(root).images.shape[-1] == 28
+    assert omniglot(root, size=14).images.shape[-1] == 14
+    assert len(list(cache_folder.iterdir())) == 2
+    stat = (root / "images_evaluation.zip").stat()
+    os.utime(root / "images_evaluation.zip", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
+    omniglot(root)
+    assert len(list(cache_folder.iterdir())) == 3
+
+
+def test_cache_notices_a_change_in_a_folder(tmp_path):
+    for part in CHARACTERS:
+        write_folder(tmp_path, tree(part))
+    before = omniglot(tmp_path).images
+    changed = tmp_path / "images_background" / "Zulu" / "character02" / "0001_01.png"
+    changed.write_bytes(drawing("alpha/character01", 19))
+    after = omniglot(tmp_path).images
+    assert (before != after).flatten(2).any(2).nonzero().tolist() == [[4, 0]]
+
+
+def replace_tensor(path, change):
+    with_names = {"names": '["a"]', "source": "omniglot", "crc32": "00000000"}
+    save_file({"images": change(load_file(path)["images"])}, path, with_names)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"<html>not here</html>"),
+        lambda path: path.write_bytes(path.read_bytes()[:-10]),
+        lambda path: path.write_bytes(path.read_bytes()[:-10] + bytes(10)),
+        lambda path: replace_tensor(path, lambda images: images),
+        lambda path: replace_tensor(path, lambda images: images.float()),
+        lambda path: save_file({"images": load_file(path)["images"]}, path),
+        lambda path: save_file({"other": torch.zeros(1)}, path),
+    ],
+    ids=["empty", "html", "short", "flipped", "names", "float", "no metadata", "no images"],
+)
+def test_corrupt_cache_is_ignored_with_a_warning(root, cache_folder, damage):
+    expected = omniglot(root)
+    damage(cached_file(cache_folder))
+    with pytest.warns(UserWarning, match="cannot be used"):
+        found = omniglot(root)
+    assert found.images.equal(expected.images)
+    assert found.names == expected.names
+
+
+def test_corrupt_cache_is_replaced(root, cache_folder, no_decoding):
+    omniglot(root)
+    cached_file(cache_folder).write_bytes(b"rubbish")
+    with pytest.warns(UserWarning, match="cannot be used"):
+        omniglot(root)
+    no_decoding()
+    omniglot(root)
+
+
+def test_unwritable_cache_is_a_warning(root, cache_folder):
+    cache_folder.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match=r"could not be cached.*IMPLICITLAYERS_CACHE"):
+        assert omniglot(root).names == ORDER
+
+
+def test_failed_write_leaves_nothing_behind(root, cache_folder, monkeypatch):
+    def fail(_source, _target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.warns(UserWarning, match=r"could not be cached.*disk full"):
+        omniglot(root)
+    assert list(cache_folder.iterdir()) == []
+
+
+def test_cache_goes_to_the_platform_folder_by_default(root, tmp_path, monkeypatch):
+    monkeypatch.delenv("IMPLICITLAYERS_CACHE")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    omniglot(root)
+    assert len(list((tmp_path / "xdg" / "implicitlayers").glob("omniglot-28-*.safetensors"))) == 1
+
+
+def test_whole_omniglot(cache_folder):
+    roots = [path for path in REAL if path is not None and path.is_dir()]
+    if not roots:
+        pytest.skip("the real Omniglot is neither in $IMPLICITLAYERS_DATA nor in ../shared/data")
+    with warnings.catch_warnings(action="error"):
+        dataset = load("omniglot", roots[0], seed=0)
+    assert dataset.images.shape == (1623, 20, 1, 28, 28)
+    assert len({name.partition("/")[0] for name in dataset.names}) == 50
+    assert list(dataset.names) == sorted(dataset.names)
+    assert dataset.names[0] == "Alphabet_of_the_Magi/character01"
+    ink = 1 - dataset.images.float().mean() / 255
+    assert 0.07 < ink < 0.10
+    again = load("omniglot", roots[0], seed=1)
+    assert again.images.equal(dataset.images)
+    assert len(list(cache_folder.iterdir())) == 1
