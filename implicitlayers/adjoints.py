@@ -1,0 +1,133 @@
+"""How the answer of a solve is differentiated: through the solution, through the path, or through its last steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from implicitlayers.implicit import AdjointRule, ImplicitArgmin, Stationarity, finish_forward, solve_forward
+from implicitlayers.linear.cg import CG
+from implicitlayers.linear.solve import LinearSolver
+from implicitlayers.loop import Finished, iterate, run, unlooked
+from implicitlayers.problem import Bound, ObjectiveTerm, Outcome, Term
+from implicitlayers.solver import Solver
+from implicitlayers.status import AdjointReport, MisuseError, Policy, check_policy
+
+__all__ = ["Adjoint", "Implicit", "OneStep", "Unrolled"]
+
+
+class Adjoint(ABC):
+    """A way to differentiate the minimizer of a sum of terms."""
+
+    @abstractmethod
+    def solve(
+        self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
+    ) -> Outcome:
+        """Solve so that the outcome's `x` is differentiable in `tensors`."""
+
+
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """The implicit function theorem: memory and derivative do not depend on how the solution was found.
+
+    The derivative is exact at an exact solution; after an inexact solve its error is proportional to the residual.
+
+    Args:
+        linear_solver: solves A u = v with A the curvature at the solution.
+        damping: added to A, in its units; biases the derivative towards damping⁻¹ v.
+        curvature: "hessian", or "gauss_newton" for objectives given as `Composite`: positive semidefinite where the
+            loss is convex, cheaper, exact only where the residual curvature vanishes.
+        on_failure: "raise", "warn", "ignore" or "nan" for lanes whose linear solve fails.
+    """
+
+    linear_solver: LinearSolver = field(default_factory=CG)
+    damping: float = 0.0
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    on_failure: Policy = "warn"
+
+    def __post_init__(self) -> None:
+        check_policy(self.on_failure, "Implicit's on_failure")
+        if not self.damping >= 0:
+            raise MisuseError(f"Implicit(damping={self.damping}): pass a number >= 0.")
+        if self.curvature not in ("hessian", "gauss_newton"):
+            raise MisuseError(f'Implicit(curvature={self.curvature!r}): pass "hessian" or "gauss_newton".')
+
+    def solve(
+        self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
+    ) -> Outcome:
+        gauss_newton = self.curvature == "gauss_newton"
+        if gauss_newton and any(isinstance(t, ObjectiveTerm) and t.model is None for t in terms):
+            raise MisuseError(
+                'curvature="gauss_newton" needs to know where the model ends and the loss begins, and the objective is a '
+                "plain function; pass Composite(model, loss)."
+            )
+        rule = AdjointRule(self.linear_solver, self.damping, gauss_newton, self.on_failure, report)
+        return Outcome(*ImplicitArgmin.apply(Stationarity(terms, solver, rule), x0, *tensors))
+
+
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """Differentiate through the solver's steps, all or the last few.
+
+    Choose it for a derivative of the path itself (MAML), as an oracle, or where the solution is far from stationary.
+    Memory grows with the recorded steps. ``x0`` gets a gradient unless the recording is truncated.
+
+    Args:
+        last: record only this many steps at the end; None for all.
+    """
+
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise MisuseError(
+                f"Unrolled(last={self.last}): nothing would be differentiated; pass a positive integer or None."
+            )
+
+    def solve(
+        self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
+    ) -> Outcome:
+        bound = Bound(terms, tuple(tensors), ())
+        if self.last is None:
+            return solve_forward(solver, bound, x0)
+        if solver.looks:
+            raise MisuseError(
+                f"Unrolled(last={self.last}) with a solver that stops at a tolerance: which steps will be the last is not known "
+                "in advance. Run a fixed number (rtol=atol=None), or use OneStep(steps) to record steps taken from the solution."
+            )
+        recorded = min(self.last, solver.max_steps)
+        frozen = Bound(terms, tuple(t.detach() for t in tensors), ())
+        state = run(solver, frozen, solver.init(frozen, x0.detach()), solver.max_steps - recorded)
+        state = run(solver, bound, solver.resume(bound, state), recorded)
+        return finish_forward(solver, bound, unlooked(solver, bound, state, solver.max_steps))
+
+
+@dataclass(frozen=True)
+class OneStep(Adjoint):
+    """Jacobian-free: differentiate a few solver steps taken from the solution (Fung et al. 2022; Bolte et al. 2023).
+
+    The derivative is that of a truncated Neumann series (gradient descent), or exact to first order (Newton, which
+    converges quadratically). Choose it where the linear solve of `Implicit` is too dear or does not converge.
+
+    Args:
+        steps: recorded steps.
+    """
+
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise MisuseError(f"OneStep(steps={self.steps}): nothing would be differentiated; pass a positive integer.")
+
+    def solve(
+        self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
+    ) -> Outcome:
+        bound = Bound(terms, tuple(tensors), ())
+        frozen = Bound(terms, tuple(t.detach() for t in tensors), ())
+        end = iterate(solver, frozen, x0.detach(), solver.max_steps, look=solver.looks)
+        state = run(solver, bound, solver.resume(bound, end.state), self.steps)
+        return finish_forward(solver, bound, Finished(state, end.status, end.steps))

@@ -1,0 +1,101 @@
+"""The few things we must ask PyTorch's function transforms that have no public name, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _functorch
+from torch.func import vjp, vmap
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "all_lanes",
+    "any_lane",
+    "batched",
+    "carries_derivative",
+    "forward_ad_enabled",
+    "is_wrapped",
+    "primal",
+    "pushforward",
+]
+
+
+def is_wrapped(t: Tensor) -> bool:
+    """Whether `t` lives inside a torch.func transform (vmap, grad, jvp) right now."""
+    return _functorch.is_functorch_wrapped_tensor(t)
+
+
+def _dual(t: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
+def carries_derivative(t: Tensor) -> bool:
+    """Whether a derivative with respect to `t` is asked for at any level: by backward, by torch.func or by a dual."""
+    if not t.is_floating_point():
+        return False
+    while True:
+        if t.requires_grad or _dual(t):
+            return True
+        if not is_wrapped(t):
+            return False
+        t = _functorch.get_unwrapped(t)
+
+
+def primal(t: Tensor) -> Tensor:
+    """Drop the tangent of a dual tensor; other tensors pass."""
+    return forward_ad.unpack_dual(t).primal if forward_ad._current_level >= 0 else t
+
+
+def forward_ad_enabled() -> Any:
+    """Context that switches forward-mode AD back on: PyTorch turns it off inside `Function.jvp`, and nested forward
+    derivatives of what runs there would silently vanish.
+    """  # fmt: skip
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+def all_lanes(t: Tensor) -> Tensor:
+    """Strip every transform from `t`, with the vmapped axes as leading dimensions, the outermost first.
+
+    A decision that concerns all lanes at once ("is any of them still running?") may look at this; a value may not.
+    """
+    t = t.detach()
+    while is_wrapped(t):
+        level_below = _functorch.get_unwrapped(t)
+        if _functorch.is_batchedtensor(t):
+            level_below = level_below.movedim(_functorch.maybe_get_bdim(t), 0)
+        t = level_below
+    return t
+
+
+def any_lane(mask: Tensor) -> bool:
+    """Whether `mask` is true in any lane, those of surrounding vmaps included. Synchronizes with the device."""
+    return bool(all_lanes(mask).any())
+
+
+def batched(fn: Callable[..., Any], lanes: Sequence[Sequence[int | None]], leading: int = 1) -> Callable[..., Any]:
+    """Map `fn` over lane levels, the first level innermost.
+
+    Args:
+        fn: function of `leading` arguments that carry every lane, then of tensors that carry a lane where the level's
+            entry is 0 and are shared by all lanes where it is None.
+        lanes: one tuple a level with an entry for every one of those tensors.
+        leading: how many leading arguments carry every lane.
+    """
+    for dims in lanes:
+        fn = vmap(fn, in_dims=(*([0] * leading), *dims))
+    return fn
+
+
+def pushforward(f: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
+    """Jacobian-vector product as the transpose of a transpose, J t = d/dw [wᵀ J]ᵀ t.
+
+    It takes no forward-mode level of its own: PyTorch's dual numbers do not nest, and torch.func.jvp inside
+    `Function.jvp` would be silently wrong.
+    """
+    out, pull = vjp(f, *primals)
+    _, pull_twice = vjp(pull, pytree.tree_map(torch.zeros_like, out))
+    return pull_twice(tuple(tangents))[0]

@@ -1,0 +1,166 @@
+"""Conjugate gradients (Hestenes & Stiefel 1952), for symmetric positive definite operators.
+
+Where this differs from the textbook and from SciPy's `cg`:
+
+- The right-hand side is divided by its norm first and the solution multiplied back. In float32 the squared norm of a
+  small cotangent underflows, and the textbook recurrence then divides zero by zero.
+- pᵀAp is watched. Where it is not positive the operator is not positive definite, the recurrence means nothing, and the
+  lane stops at the iterate it has, with the status INDEFINITE (or SINGULAR where A p vanishes). In contrast to
+  truncated Newton methods no step along the direction of negative curvature is taken.
+- The tolerance is never below what the floating-point type can reach, and a residual that has stopped falling ends the
+  lane with STALLED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitlayers.linear.operator import Operator
+from implicitlayers.linear.solve import LinearSolution, LinearSolver
+from implicitlayers.loop import Algorithm, check_tolerances, dot, iterate, norm, not_finite, per_lane
+from implicitlayers.status import RUNNING, Status
+
+__all__ = ["CG"]
+
+
+class _State(NamedTuple):
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    rz: Tensor
+    residual: Tensor
+    best: Tensor
+    since_best: Tensor
+    curvature_min: Tensor
+    curvature_max: Tensor
+    broken: Tensor
+
+
+class _System(NamedTuple):
+    operator: Callable[[Tensor], Tensor]
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class CG(LinearSolver):
+    """Conjugate gradients: the default for the adjoint of an argmin, whose curvature is symmetric.
+
+    Choose it when A is symmetric positive definite; it needs about √κ·log(1/rtol)/2 products at condition number κ.
+
+    Args:
+        rtol: stop at ‖A x - b‖ ≤ rtol·‖b‖ + atol. Taken as 8 machine epsilons where it is smaller, but for 0.
+        atol: absolute part, in the units of b.
+        max_steps: limit on the products; their exact number with ``rtol=atol=None``.
+        preconditioner: r ↦ M⁻¹ r on ``[*lanes, n]`` with M symmetric positive definite; None for the identity.
+    """
+
+    rtol: float | None = 1e-8
+    atol: float | None = 0.0
+    max_steps: int = 1000
+    preconditioner: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        check_tolerances(self)
+
+    @property
+    def looks(self) -> bool:
+        return self.rtol is not None
+
+    def solve(self, operator: Operator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        b_norm = norm(b)
+        # A zero or non-finite right-hand side is left as it is: the first converges at once, the second is named.
+        scale = torch.where((b_norm > 0) & torch.isfinite(b_norm), b_norm, torch.ones_like(b_norm)).unsqueeze(-1)
+        start = torch.zeros_like(b) if x0 is None else x0 / scale
+        # Two divisions: 1/scale overflows in float32 for a cotangent of 1e-39 already.
+        system = _System(operator, b / scale)
+        atol = 0.0 if self.atol is None else self.atol
+        algorithm = _ConjugateGradients(self.rtol or 0.0, atol / scale.squeeze(-1), self.preconditioner, x0 is not None)
+        end = iterate(algorithm, system, start, self.max_steps, look=self.looks)
+        s: _State = end.state
+        return LinearSolution(s.x * scale, end.status, end.steps, s.residual, s.curvature_min, s.curvature_max)
+
+
+@dataclass(frozen=True)
+class _ConjugateGradients(Algorithm[_System, _State]):
+    rtol: float
+    atol: Tensor
+    preconditioner: Callable[[Tensor], Tensor] | None
+    warm: bool
+
+    def init(self, problem: _System, x: Tensor) -> _State:
+        r = problem.b - problem.operator(x) if self.warm else problem.b
+        z = self._precondition(r)
+        residual = norm(r)
+        nan = torch.full_like(residual, torch.nan)
+        steady = torch.zeros_like(residual, dtype=torch.int64)
+        return _State(x, r, z, dot(r, z), residual, residual, steady, nan, nan, torch.full_like(steady, RUNNING))
+
+    def step(self, problem: _System, state: _State) -> _State:
+        x, r, p, rz = state.x, state.r, state.p, state.rz
+        Ap = problem.operator(p)
+        pAp, pp = dot(p, Ap), dot(p, p)
+        # p vanishes only together with r: the lane has converged, and a fixed number of steps carries it along unmoved.
+        done = pp <= 0
+        curvature = pAp / torch.where(done, torch.ones_like(pp), pp)
+        broken = self._breakdown(state, curvature, pAp, norm(Ap), pp, done)
+        moves = (broken == RUNNING) & ~done
+        alpha = torch.where(moves, rz / torch.where(moves, pAp, torch.ones_like(pAp)), torch.zeros_like(rz)).to(x.dtype)
+        # The operator's values in a broken lane may be NaN, and NaN times zero is NaN: mask before multiplying.
+        Ap = torch.where(per_lane(moves, Ap), Ap, torch.zeros_like(Ap))
+        x = x + alpha.unsqueeze(-1) * p
+        r = r - alpha.unsqueeze(-1) * Ap
+        z = self._precondition(r)
+        rz_next = torch.where(moves, dot(r, z), rz)
+        beta = torch.where(moves, rz_next / torch.where(moves, rz, torch.ones_like(rz)), torch.zeros_like(rz)).to(
+            x.dtype
+        )
+        p = torch.where(per_lane(moves, p), z + beta.unsqueeze(-1) * p, p)
+        residual = norm(r)
+        better = residual < 0.999 * state.best
+        seen = ~done & torch.isfinite(curvature)
+        curvature = curvature.to(x.dtype)
+        return _State(
+            x, r, p, rz_next, residual,
+            torch.where(better, residual, state.best),
+            torch.where(better, torch.zeros_like(state.since_best), state.since_best + 1),
+            torch.where(seen, torch.fmin(state.curvature_min, curvature), state.curvature_min),
+            torch.where(seen, torch.fmax(state.curvature_max, curvature), state.curvature_max),
+            broken,
+        )  # fmt: skip
+
+    def terminate(self, problem: _System, state: _State) -> Tensor:
+        eps = torch.finfo(state.x.dtype).eps
+        status = state.broken
+        # Beyond n steps exact arithmetic has ended; a residual that has not fallen for that long is held up by rounding.
+        patience = min(state.x.shape[-1], 200) + 20
+        status = torch.where(
+            (status == RUNNING) & (state.since_best > patience), torch.full_like(status, Status.STALLED), status
+        )
+        tolerance = self.atol + (max(self.rtol, 8 * eps) if self.rtol else 0.0)
+        status = torch.where(state.residual <= tolerance, torch.full_like(status, Status.CONVERGED), status)
+        return torch.where(not_finite(state.residual), torch.full_like(status, Status.NON_FINITE), status)
+
+    def _precondition(self, r: Tensor) -> Tensor:
+        return r if self.preconditioner is None else self.preconditioner(r)
+
+    def _breakdown(
+        self, state: _State, curvature: Tensor, pAp: Tensor, Ap_norm: Tensor, pp: Tensor, done: Tensor
+    ) -> Tensor:
+        eps = torch.finfo(state.x.dtype).eps
+        scale = torch.fmax(torch.fmax(state.curvature_max.abs(), curvature.abs()), torch.zeros_like(curvature))
+        flat = (
+            (Ap_norm <= 8 * eps * scale * pp.sqrt())
+            | ((pAp <= 0) & (curvature.abs() <= 8 * eps * scale))
+            | (Ap_norm == 0)
+        )
+        found = torch.full_like(state.broken, RUNNING)
+        found = torch.where(pAp <= 0, torch.full_like(found, Status.INDEFINITE), found)
+        found = torch.where(flat, torch.full_like(found, Status.SINGULAR), found)
+        found = torch.where(not_finite(pAp, Ap_norm), torch.full_like(found, Status.NON_FINITE), found)
+        found = torch.where(done, torch.full_like(found, RUNNING), found)
+        return torch.where(state.broken == RUNNING, found, state.broken)

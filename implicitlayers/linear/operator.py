@@ -1,0 +1,36 @@
+"""Linear operators, matrix-free first: a product is all that is asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+__all__ = ["Operator"]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A square linear map on every lane, y ``[*lanes, n]`` ↦ A y ``[*lanes, n]``.
+
+    Attributes:
+        apply: the product.
+        symmetric: whether A = Aᵀ is known.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    symmetric: bool
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """A y."""
+        return self.apply(y)
+
+    def dense(self, like: Tensor) -> Tensor:
+        """The matrices ``[*lanes, n, n]``, from n products done at once; `like` is any ``[*lanes, n]``."""
+        n = like.shape[-1]
+        basis = torch.eye(n, dtype=like.dtype, device=like.device)
+        columns = vmap(lambda e: self.apply(e.expand_as(like)), out_dims=-1)(basis)
+        return columns

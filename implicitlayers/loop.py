@@ -1,0 +1,162 @@
+"""The only loop, and the only place where the value of a tensor decides what Python does next.
+
+Solvers, line searches and linear solvers are `Algorithm`s: pure steps on a state whose tensors lead with the lanes. The
+loop runs them until every lane is done, and freezes each lane the moment it is: its state stays bit for bit what it
+was, whatever the others still do. With ``look=False`` a fixed number of steps is run and no value is ever looked at,
+so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicitlayers.functorch import all_lanes
+from implicitlayers.status import RUNNING, MisuseError, Status
+
+__all__ = [
+    "Algorithm",
+    "Finished",
+    "check_tolerances",
+    "dot",
+    "freeze",
+    "iterate",
+    "norm",
+    "not_finite",
+    "per_lane",
+    "run",
+    "unlooked",
+]
+
+P = TypeVar("P")
+S = TypeVar("S")
+
+
+class Algorithm(ABC, Generic[P, S]):
+    """A method as pure functions; it never loops, counts or raises."""
+
+    @abstractmethod
+    def init(self, problem: P, x: Tensor) -> S:
+        """The state before the first step; `x` is ``[*lanes, n]``."""
+
+    @abstractmethod
+    def step(self, problem: P, state: S) -> S:
+        """One step on every lane. Lanes are independent, and a lane that is broken must not disturb the others."""
+
+    @abstractmethod
+    def terminate(self, problem: P, state: S) -> Tensor:
+        """int64 ``[*lanes]``: RUNNING, or the `Status` a lane has reached."""
+
+
+class Finished(NamedTuple):
+    """What the loop returns: the last state, and per lane its status and the steps it took."""
+
+    state: Any
+    status: Tensor
+    steps: Tensor
+
+
+def per_lane(mask: Tensor, like: Tensor) -> Tensor:
+    """Give a ``[*lanes]`` mask trailing dimensions so that it broadcasts against a state tensor."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def freeze(running: Tensor, new: Any, old: Any) -> Any:
+    """The new state where a lane is running, the old one bit for bit where it is not."""
+
+    def pick(fresh: Any, stale: Any) -> Any:
+        if not isinstance(fresh, Tensor) or fresh is stale:
+            return fresh
+        return torch.where(per_lane(running, fresh), fresh, stale)
+
+    return pytree.tree_map(pick, new, old)
+
+
+def run(algorithm: Algorithm[P, S], problem: P, state: S, steps: int) -> S:
+    """Take exactly this many steps, looking at nothing."""
+    for _ in range(steps):
+        state = algorithm.step(problem, state)
+    return state
+
+
+def unlooked(algorithm: Algorithm[P, S], problem: P, state: S, steps: int) -> Finished:
+    """End a run that did not look: a lane that broke says so, the others were not checked."""
+    status = algorithm.terminate(problem, state)
+    unchecked = (status == RUNNING) | (status == Status.CONVERGED) | (status == Status.STALLED)
+    status = torch.where(unchecked, torch.full_like(status, Status.NOT_CHECKED), status)
+    return Finished(state, status, torch.full_like(status, steps))
+
+
+def iterate(algorithm: Algorithm[P, S], problem: P, x: Tensor, max_steps: int, *, look: bool) -> Finished:
+    """Run an algorithm to the end on all lanes.
+
+    Args:
+        algorithm: the step to repeat.
+        problem: what it is handed.
+        x: start, ``[*lanes, n]``.
+        max_steps: limit on the steps, or their exact number with ``look=False``.
+        look: whether to ask the algorithm after each step which lanes are done. Costs one synchronization a step.
+    """
+    state = algorithm.init(problem, x)
+    if not look:
+        return unlooked(algorithm, problem, run(algorithm, problem, state, max_steps), max_steps)
+    status = algorithm.terminate(problem, state)
+    steps = torch.zeros_like(status)
+    for _ in range(max_steps):
+        running = status == RUNNING
+        # Lanes of surrounding vmaps are looked at together; what each of them does stays its own, by the mask.
+        everywhere = all_lanes(running)
+        left = int(everywhere.sum())
+        if left == 0:
+            break
+        new = algorithm.step(problem, state)
+        state = new if left == everywhere.numel() else freeze(running, new, state)
+        steps = steps + running
+        status = torch.where(running, algorithm.terminate(problem, state), status)
+    status = torch.where(status == RUNNING, torch.full_like(status, Status.MAX_STEPS), status)
+    return Finished(state, status, steps)
+
+
+def check_tolerances(owner: Any) -> None:
+    """Validate the fields ``rtol``, ``atol`` and ``max_steps`` of a configuration object."""
+    name = type(owner).__name__
+    if (owner.rtol is None) != (owner.atol is None):
+        raise MisuseError(
+            f"{name}(rtol={owner.rtol}, atol={owner.atol}): one is None and the other is not; pass two numbers, "
+            "or None for both to run exactly max_steps steps without looking."
+        )
+    for field in ("rtol", "atol"):
+        value = getattr(owner, field)
+        if value is not None and not value >= 0:
+            raise MisuseError(f"{name}({field}={value}): a tolerance cannot be negative or NaN; pass a number >= 0.")
+    if not isinstance(owner.max_steps, int) or owner.max_steps < 1:
+        raise MisuseError(
+            f"{name}(max_steps={owner.max_steps!r}): at least one step is needed; pass a positive integer."
+        )
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per lane, accumulated in float32 for half types."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        return (a.float() * b.float()).sum(-1)
+    return (a * b).sum(-1)
+
+
+def norm(a: Tensor) -> Tensor:
+    """Euclidean norm per lane that neither overflows nor underflows: the largest entry is divided out first."""
+    largest = a.abs().amax(-1)
+    safe = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
+    scaled = a / safe.unsqueeze(-1)
+    return dot(scaled, scaled).sqrt().to(a.dtype) * safe
+
+
+def not_finite(*quantities: Tensor) -> Tensor:
+    """Mask of the lanes in which any of these per-lane quantities is NaN or infinite."""
+    bad = ~torch.isfinite(quantities[0])
+    for q in quantities[1:]:
+        bad = bad | ~torch.isfinite(q)
+    return bad

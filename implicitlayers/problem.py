@@ -1,0 +1,220 @@
+"""What is solved: an optimality condition F(x, params) = 0, as a sum of terms.
+
+Every problem of this library is one `Condition`. Its unknown is a flat vector ``x [n]`` and its parameters are a flat
+list of tensors; each `Term` says which of them it depends on (its `slots`), so that a derivative with respect to the
+anchor of a regularizer never runs the network that the objective is made of.
+
+All functions of a term are written for *one* lane. Lanes are added from outside, by `functorch.batched`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, vjp
+from torch.utils import _pytree as pytree
+
+from implicitlayers.functorch import batched, pushforward
+
+__all__ = ["Bound", "Composite", "Condition", "Lanes", "ObjectiveTerm", "Outcome", "Term", "select"]
+
+Lanes = tuple[tuple[int | None, ...], ...]
+"""One entry a vmap level, the innermost first: for every tensor, 0 where it has that lane dimension, None where not."""
+
+
+class Composite:
+    """An objective ``loss(model(x, *params), *params)`` that declares its two parts.
+
+    The split is what Gauss-Newton curvature needs: with J = ∂model/∂x and B = ∂²loss/∂z², the matrix JᵀBJ is positive
+    semidefinite wherever the loss is convex in the model's output z (squared error, cross entropy), also where the
+    Hessian is not, and its products are cheaper.
+
+    Args:
+        model: ``(x, *params) -> z``, any tensor or tree of tensors.
+        loss: ``(z, *params) -> scalar``, convex in z.
+    """
+
+    def __init__(self, model: Callable[..., Any], loss: Callable[..., Any]) -> None:
+        self.model = model
+        self.loss = loss
+
+    def __call__(self, x: Any, *params: Any) -> Any:
+        """Evaluate the objective."""
+        return self.loss(self.model(x, *params), *params)
+
+
+class Outcome(NamedTuple):
+    """What a solve returns, in flat form and with lanes: the unknown, then the report on it."""
+
+    x: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    objective: Tensor
+
+
+class Term(ABC):
+    """One summand of an optimality condition, for one lane.
+
+    Attributes:
+        slots: positions in the problem's list of tensors of those this term depends on; the methods below take exactly
+            these tensors.
+    """
+
+    slots: tuple[int, ...]
+
+    @abstractmethod
+    def value(self, x: Tensor, *params: Tensor) -> Tensor:
+        """Contribution to the objective, 0-d."""
+
+    @abstractmethod
+    def residual(self, x: Tensor, *params: Tensor) -> Tensor:
+        """Contribution to F, ``[n]``; differentiable in all arguments, any number of times."""
+
+    @abstractmethod
+    def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
+        """(∂residual/∂x) y, ``[n]``; differentiable in all arguments, any number of times. Symmetric."""
+
+    @abstractmethod
+    def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
+        """Return y ↦ (∂residual/∂x) y on all lanes, with everything that does not depend on y computed once."""
+
+    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
+        """Both on all lanes: ``[*lanes]`` and ``[*lanes, n]``."""
+        return batched(self.value, lanes)(x, *params), batched(self.residual, lanes)(x, *params)
+
+
+@dataclass(frozen=True)
+class ObjectiveTerm(Term):
+    """The gradient of an objective given as a function of the flat unknown.
+
+    Attributes:
+        fn: ``(x, *params) -> scalar``.
+        slots: see `Term`.
+        model: ``(x, *params) -> z`` where the objective declares the split.
+        loss: ``(z, *params) -> scalar``.
+        gauss_newton: whether `product` and `linearize` use JᵀBJ instead of the Hessian.
+    """
+
+    fn: Callable[..., Tensor]
+    slots: tuple[int, ...]
+    model: Callable[..., Any] | None = None
+    loss: Callable[..., Tensor] | None = None
+    gauss_newton: bool = False
+
+    def value(self, x: Tensor, *params: Tensor) -> Tensor:
+        return self.fn(x, *params)
+
+    def residual(self, x: Tensor, *params: Tensor) -> Tensor:
+        return grad(self.fn)(x, *params)
+
+    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
+        # Lanes are independent, so the gradient of all their values is pulled back at once: one transform less on every
+        # operation than mapping a gradient over the lanes.
+        fn = batched(self.fn, lanes)
+        value, pull = vjp(lambda z: fn(z, *params), x)
+        return value, pull(torch.ones_like(value))[0]
+
+    def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
+        if not self.gauss_newton:
+            # The Hessian is symmetric, so the product is a vector-Jacobian product of the gradient: plain reverse mode.
+            return vjp(lambda z: self.residual(z, *params), x)[1](y)[0]
+        assert self.model is not None and self.loss is not None
+        model, loss = self.model, self.loss
+        z, pull = vjp(lambda w: model(w, *params), x)
+        Jy = pushforward(lambda w: model(w, *params), [x], [y])
+        BJy = vjp(lambda o: grad(loss)(o, *params), z)[1](Jy)[0]
+        return pull(BJy)[0]
+
+    def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
+        if not self.gauss_newton:
+            fn = batched(self.fn, lanes)
+
+            def gradient(z: Tensor) -> Tensor:
+                value, pull = vjp(lambda w: fn(w, *params), z)
+                return pull(torch.ones_like(value))[0]
+
+            _, pull = vjp(gradient, x)
+            return lambda y: pull(y)[0]
+        model, loss_gradient = batched(self.model, lanes), batched(grad(self.loss), lanes)  # type: ignore[arg-type]
+        z, pull = vjp(lambda w: model(w, *params), x)
+        # The transpose of the transpose: a product with J from reverse mode alone, its graph kept across products.
+        _, push = vjp(lambda w: pull(w)[0], pytree.tree_map(torch.zeros_like, z))
+        _, curve = vjp(lambda o: loss_gradient(o, *params), z)
+        return lambda y: pull(curve(push(y)[0])[0])[0]
+
+
+def select(tensors: Sequence[Tensor], lanes: Lanes, slots: Sequence[int]) -> tuple[list[Tensor], Lanes]:
+    """The tensors a term depends on, and their lanes."""
+    return [tensors[s] for s in slots], tuple(tuple(level[s] for s in slots) for level in lanes)
+
+
+class Condition(ABC):
+    """An optimality condition F(x, tensors) = Σ terms = 0 together with how it is solved.
+
+    Attributes:
+        lanes: the vmap levels the unknown has been lifted over so far.
+    """
+
+    lanes: Lanes
+
+    @property
+    @abstractmethod
+    def terms(self) -> Sequence[Term]:
+        """The summands of F."""
+
+    @abstractmethod
+    def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> Outcome:
+        """Solve for all lanes ``[*lanes, n]``, without recording a graph."""
+
+    @abstractmethod
+    def linear_system(self) -> Condition:
+        """The condition A u - v = 0 with A = ∂F/∂x, whose tensors are ``(v, x, *tensors)``."""
+
+    @abstractmethod
+    def with_lanes(self, lanes: Lanes) -> Condition:
+        """The same condition over more lanes."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Terms with their tensors filled in, over all lanes: what a solver sees."""
+
+    terms: tuple[Term, ...]
+    tensors: tuple[Tensor, ...]
+    lanes: Lanes
+
+    def value_and_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective ``[*lanes]`` and F ``[*lanes, n]`` at x."""
+        value, residual = None, None
+        for term in self.terms:
+            term_value, term_residual = term.value_and_residual(x, *select(self.tensors, self.lanes, term.slots))
+            value = term_value if value is None else value + term_value
+            residual = term_residual if residual is None else residual + term_residual
+        assert value is not None and residual is not None
+        return value, residual
+
+    def value(self, x: Tensor) -> Tensor:
+        """Objective ``[*lanes]`` at x."""
+        parts = []
+        for term in self.terms:
+            params, lanes = select(self.tensors, self.lanes, term.slots)
+            parts.append(batched(term.value, lanes)(x, *params))
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def linearize(self, x: Tensor, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
+        """Return y ↦ A y with A = ∂F/∂x + damping·I at x; what does not depend on y is computed once."""
+        products = [term.linearize(x, *select(self.tensors, self.lanes, term.slots)) for term in self.terms]
+
+        def apply(y: Tensor) -> Tensor:
+            out = products[0](y)
+            for product in products[1:]:
+                out = out + product(y)
+            return out + damping * y if damping else out
+
+        return apply

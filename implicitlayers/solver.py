@@ -1,0 +1,102 @@
+"""The contract of forward solvers, and the bookkeeping they share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from implicitlayers.loop import Algorithm, norm, not_finite
+from implicitlayers.problem import Bound
+from implicitlayers.status import RUNNING, Status
+
+__all__ = ["Progress", "Solver"]
+
+S = TypeVar("S")
+
+
+class Solver(Algorithm[Bound, S]):
+    """A forward solver: four pure functions on flat state ``[*lanes, n]``.
+
+    Concrete solvers are frozen dataclasses with the fields `rtol`, `atol` and `max_steps`. A lane has converged when
+    ‖F(x)‖ ≤ atol + rtol·s, where s is the larger of ‖F(x0)‖ and (‖ΔF‖/‖Δx‖)·‖x‖ over the last step: the size of the
+    terms that cancel in F at the solution, so that a start next to the solution asks for no more than rounding allows.
+    A positive rtol is taken as 64 machine epsilons where it is smaller. With ``rtol=atol=None`` exactly `max_steps`
+    steps are run and no value is looked at.
+    """
+
+    rtol: float | None
+    atol: float | None
+    max_steps: int
+
+    @property
+    def looks(self) -> bool:
+        """Whether convergence is checked."""
+        return self.rtol is not None
+
+    @abstractmethod
+    def postprocess(self, problem: Bound, state: S) -> tuple[Tensor, Tensor, Tensor]:
+        """The solution ``[*lanes, n]``, and the norm of F and the objective ``[*lanes]`` where last evaluated."""
+
+    def resume(self, problem: Bound, state: S) -> S:
+        """The same state with what it holds of evaluations made anew under `problem`, so that derivatives reach them."""
+        return self.init(problem, self.postprocess(problem, state)[0])
+
+
+class Progress(NamedTuple):
+    """Per lane: how far a solve has come.
+
+    Attributes:
+        residual: ‖F(x)‖.
+        start: ‖F(x0)‖.
+        scale: (‖ΔF‖/‖Δx‖)·‖x‖ over the last step.
+        best: smallest residual so far.
+        lowest: smallest objective so far.
+        idle: steps since either fell.
+    """
+
+    residual: Tensor
+    start: Tensor
+    scale: Tensor
+    best: Tensor
+    lowest: Tensor
+    idle: Tensor
+
+    @classmethod
+    def begin(cls, objective: Tensor, F: Tensor) -> Progress:
+        """At the start."""
+        residual = norm(F)
+        idle = torch.zeros_like(residual, dtype=torch.int64)
+        return cls(residual, residual, torch.zeros_like(residual), residual, objective, idle)
+
+    def advance(self, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], objective: Tensor) -> Progress:
+        """After a step from ``old = (x, F)`` to ``new``."""
+        eps = torch.finfo(objective.dtype).eps
+        residual, moved = norm(new[1]), norm(new[0] - old[0])
+        secant = norm(new[1] - old[1]) / torch.where(moved > 0, moved, torch.ones_like(moved))
+        # A step of rounding size says nothing about the curvature.
+        telling = moved > 16 * eps * norm(new[0])
+        scale = torch.where(telling, secant * norm(new[0]), self.scale)
+        better = (residual < 0.99 * self.best) | (objective < self.lowest - 8 * eps * self.lowest.abs())
+        return Progress(
+            residual,
+            self.start,
+            scale,
+            torch.fmin(residual, self.best),
+            torch.fmin(objective, self.lowest),
+            torch.where(better, torch.zeros_like(self.idle), self.idle + 1),
+        )
+
+    def verdict(self, solver: Any, patience: int | None = None) -> Tensor:
+        """Status of every lane; `patience` is the number of idle steps after which a lane has stalled."""
+        eps = torch.finfo(self.residual.dtype).eps
+        status = torch.full_like(self.idle, RUNNING)
+        if patience is not None:
+            status = torch.where(self.idle >= patience, torch.full_like(status, Status.STALLED), status)
+        if solver.rtol is not None:
+            relative = max(solver.rtol, 64 * eps) if solver.rtol else 0.0
+            tolerance = solver.atol + relative * torch.fmax(self.start, self.scale)
+            status = torch.where(self.residual <= tolerance, torch.full_like(status, Status.CONVERGED), status)
+        return torch.where(not_finite(self.residual), torch.full_like(status, Status.NON_FINITE), status)

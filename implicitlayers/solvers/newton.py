@@ -1,0 +1,76 @@
+"""Newton's method with an iterative linear solver: Hessian-free optimization (Martens 2010; Nocedal & Wright 2006, 7.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitlayers.linear.cg import CG
+from implicitlayers.linear.operator import Operator
+from implicitlayers.linear.solve import LinearSolver
+from implicitlayers.loop import check_tolerances, norm
+from implicitlayers.problem import Bound
+from implicitlayers.solver import Progress, Solver
+from implicitlayers.solvers.line_search import Armijo, LineSearch, Point, descend
+from implicitlayers.status import RUNNING, MisuseError
+
+__all__ = ["Newton"]
+
+
+class _State(NamedTuple):
+    point: Point
+    progress: Progress
+    search: Tensor
+
+
+@dataclass(frozen=True)
+class Newton(Solver[_State]):
+    """Newton's method, x ← x - t (∇²f + damping·I)⁻¹ ∇f with t from a line search.
+
+    Choose it when high accuracy is wanted and curvature products are affordable: convergence is quadratic, so the last
+    step makes the solution, and with it the derivative, accurate to rounding. With `CG` as linear solver no Hessian is
+    formed; a lane in which CG meets negative curvature goes along what CG has found up to there, or along -∇f.
+
+    Args:
+        linear_solver: solves for the direction, in every step.
+        line_search: how the step size is found, starting from 1.
+        damping: added to the curvature, in its units.
+        rtol: see `Solver`.
+        atol: see `Solver`.
+        max_steps: limit on the steps, or their exact number with ``rtol=atol=None``.
+    """
+
+    linear_solver: LinearSolver = field(default_factory=lambda: CG(rtol=1e-6, max_steps=200))
+    line_search: LineSearch = field(default_factory=Armijo)
+    damping: float = 0.0
+    rtol: float | None = 1e-8
+    atol: float | None = 0.0
+    max_steps: int = 100
+
+    def __post_init__(self) -> None:
+        check_tolerances(self)
+        if not self.damping >= 0:
+            raise MisuseError(f"Newton(damping={self.damping}): pass a number >= 0.")
+
+    def init(self, problem: Bound, x: Tensor) -> _State:
+        point = Point(x, *problem.value_and_residual(x))
+        search = torch.full_like(point.objective, RUNNING, dtype=torch.int64)
+        return _State(point, Progress.begin(point.objective, point.F), search)
+
+    def step(self, problem: Bound, state: _State) -> _State:
+        old = state.point
+        operator = Operator(problem.linearize(old.x, self.damping), symmetric=True)
+        direction = self.linear_solver.solve(operator, -old.F).x
+        new, search = descend(problem, old, direction, torch.ones_like(old.objective), self.line_search, self.looks)
+        progress = state.progress.advance((old.x, old.F), (new.x, new.F), new.objective)
+        return _State(new, progress, search)
+
+    def terminate(self, problem: Bound, state: _State) -> Tensor:
+        status = state.progress.verdict(self, patience=5)
+        return torch.where((status == RUNNING) & (state.search != RUNNING), state.search, status)
+
+    def postprocess(self, problem: Bound, state: _State) -> tuple[Tensor, Tensor, Tensor]:
+        return state.point.x, norm(state.point.F), state.point.objective
