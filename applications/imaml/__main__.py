@@ -1,0 +1,137 @@
+"""Command line: ``python -m applications.imaml train | evaluate | demo``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from applications.imaml.checkpoint import CheckpointError
+from applications.imaml.config import (
+    AlgorithmName,
+    BatchNorm,
+    Config,
+    ConfigError,
+    CurvatureName,
+    DataName,
+    InnerName,
+    help_of,
+)
+from applications.imaml.episodes import SplitName
+from applications.imaml.evaluate import REPORT, Protocol, evaluate
+from applications.imaml.train import CONFIG, CURVE, METRICS, Limits, RunError, train
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+# Settings that may change when a run is resumed: they say where and how long it computes, not what.
+MUTABLE = ("root", "device", "threads", "meta_steps", "checkpoint_every")
+
+
+def _option(name: str) -> Any:
+    return typer.Option(f"--{name.replace('_', '-')}", help=help_of(name))
+
+
+@app.command("train")
+def train_command(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="folder of the run")],
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in that folder, to the bit")] = False,
+    data: Annotated[DataName, _option("data")] = Config.data,
+    root: Annotated[str | None, _option("root")] = Config.root,
+    ways: Annotated[int, _option("ways")] = Config.ways,
+    shots: Annotated[int, _option("shots")] = Config.shots,
+    queries: Annotated[int | None, typer.Option(help=f"{help_of('queries')}; as many as shots by default")] = None,
+    algorithm: Annotated[AlgorithmName, _option("algorithm")] = Config.algorithm,
+    inner: Annotated[InnerName, _option("inner")] = Config.inner,
+    lam: Annotated[float, _option("lam")] = Config.lam,
+    inner_lr: Annotated[float, _option("inner_lr")] = Config.inner_lr,
+    inner_steps: Annotated[int, _option("inner_steps")] = Config.inner_steps,
+    cg_steps: Annotated[int, _option("cg_steps")] = Config.cg_steps,
+    curvature: Annotated[CurvatureName, _option("curvature")] = Config.curvature,
+    damping: Annotated[float, _option("damping")] = Config.damping,
+    batch_norm: Annotated[BatchNorm, _option("batch_norm")] = Config.batch_norm,
+    meta_lr: Annotated[float, _option("meta_lr")] = Config.meta_lr,
+    meta_steps: Annotated[int, _option("meta_steps")] = Config.meta_steps,
+    tasks: Annotated[int, _option("tasks")] = Config.tasks,
+    device: Annotated[str, _option("device")] = Config.device,
+    threads: Annotated[int, _option("threads")] = Config.threads,
+    seed: Annotated[int, _option("seed")] = Config.seed,
+    split_seed: Annotated[int, _option("split_seed")] = Config.split_seed,
+    log_every: Annotated[int, _option("log_every")] = Config.log_every,
+    checkpoint_every: Annotated[int, _option("checkpoint_every")] = Config.checkpoint_every,
+    validate_every: Annotated[int, _option("validate_every")] = Config.validate_every,
+    validation_tasks: Annotated[int, _option("validation_tasks")] = Config.validation_tasks,
+    time_limit: Annotated[float | None, typer.Option(help="seconds after which to stop cleanly and save")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
+) -> None:
+    """Meta-train a network; every run leaves its settings, metrics, curves and a checkpoint in one folder."""
+    with _explained():
+        given = {entry.name: context.params[entry.name] for entry in fields(Config)}
+        if resume:
+            config = _resumed(Config.load(out / CONFIG), given, context)
+        else:
+            config = Config(**(given | {"queries": shots if queries is None else queries}))
+        if time_limit is not None and not time_limit > 0:
+            raise ConfigError(f"time_limit={time_limit} cannot be; pass a number of seconds above 0.")
+        done = train(config, out, Limits(time_limit, quiet), resume=resume)
+        state = "trained" if done >= config.meta_steps else "stopped (continue with --resume)"
+        typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    tasks: Annotated[int, typer.Option(help="number of tasks")] = Protocol.tasks,
+    split: Annotated[SplitName, typer.Option(help="classes that the tasks are drawn from")] = Protocol.split,
+    batch_norm: Annotated[
+        BatchNorm | None, typer.Option(help=f"{help_of('batch_norm')}; as in training by default")
+    ] = Protocol.batch_norm,
+    seed: Annotated[int, typer.Option(help="chooses the tasks")] = Protocol.seed,
+    root: Annotated[str | None, typer.Option(help=f"{help_of('root')}, if it has moved")] = None,
+    device: Annotated[str, _option("device")] = Config.device,
+    threads: Annotated[int, _option("threads")] = Config.threads,
+) -> None:
+    """Measure the accuracy of a run on unseen classes: mean and 95 % interval over tasks."""
+    with _explained():
+        protocol = Protocol(tasks, split, batch_norm, seed)
+        saved = Config.load(run / CONFIG)
+        config = replace(saved, root=root or saved.root, device=device, threads=threads)
+        evaluation = evaluate(config, run, protocol)
+        evaluation.save(run / REPORT)
+        typer.echo(str(evaluation))
+        typer.echo(str(run / REPORT))
+
+
+def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Config:
+    """The settings of a saved run, with those changed that were given and may be."""
+    typed = {}
+    for name, value in given.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and value != getattr(saved, name):
+            typed[name] = value
+    for name, value in typed.items():
+        if name not in MUTABLE:
+            raise ConfigError(
+                f"{name}={value!r} differs from the run's {getattr(saved, name)!r}, and a resumed run goes on as it "
+                f"began; leave the option out, or start a run in a new folder."
+            )
+    return replace(saved, **typed)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Foreseen errors are told in a line, not in a traceback."""
+    try:
+        yield
+    except (ConfigError, RunError, CheckpointError, OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app()

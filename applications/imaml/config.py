@@ -1,0 +1,168 @@
+"""What a training run is asked to do: checked once, saved with the run, read back to continue or evaluate it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from applications.imaml.checkpoint import write_atomically
+
+DataName = Literal["glyphs", "omniglot"]
+AlgorithmName = Literal["imaml", "fomaml"]
+InnerName = Literal["gradient", "hessian-free", "lbfgs"]
+CurvatureName = Literal["gauss-newton", "hessian"]
+BatchNorm = Literal["transductive", "support"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "data": get_args(DataName),
+    "algorithm": get_args(AlgorithmName),
+    "inner": get_args(InnerName),
+    "curvature": get_args(CurvatureName),
+    "batch_norm": get_args(BatchNorm),
+}
+_AT_LEAST_ONE = [
+    "shots",
+    "queries",
+    "inner_steps",
+    "cg_steps",
+    "meta_steps",
+    "tasks",
+    "log_every",
+    "checkpoint_every",
+    "validate_every",
+    "validation_tasks",
+]
+_POSITIVE = ("lam", "inner_lr", "meta_lr")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: says what was passed, why it cannot be, and what to pass instead."""
+
+
+def _option(default: Any, told: str) -> Any:
+    return field(default=default, metadata={"help": told})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a training run; ``help_of`` tells what each means.
+
+    Raises:
+        ConfigError: if a value cannot be.
+    """
+
+    data: DataName = _option("glyphs", "dataset: glyphs (drawn on the spot) or omniglot (read from --root)")
+    root: str | None = _option(None, "folder with the files of a dataset that is read")
+    ways: int = _option(5, "classes of a task")
+    shots: int = _option(1, "support images of a class")
+    queries: int = _option(1, "query images of a class")
+    algorithm: AlgorithmName = _option("imaml", "imaml, or fomaml: its first-order form, which drops the curvature")
+    inner: InnerName = _option("gradient", "inner solver: gradient descent, hessian-free Newton, or lbfgs")
+    lam: float = _option(0.1, "strength of the pull towards the meta-parameters, lam/2 |phi - theta|^2")
+    inner_lr: float = _option(0.4, "step size of gradient descent on a task's mean cross-entropy")
+    inner_steps: int = _option(5, "steps of the inner solver, in training and evaluation alike")
+    cg_steps: int = _option(5, "conjugate gradient steps for the meta-gradient and for a hessian-free direction")
+    curvature: CurvatureName = _option("gauss-newton", "curvature in the meta-gradient: gauss-newton or hessian")
+    damping: float = _option(0.0, "added to that curvature, beyond lam")
+    batch_norm: BatchNorm = _option("transductive", "statistics for query images: of the query batch, or the support's")
+    meta_lr: float = _option(1e-3, "learning rate of Adam on the meta-parameters")
+    meta_steps: int = _option(5000, "meta-steps after which training is complete")
+    tasks: int = _option(16, "tasks of a meta-step")
+    device: str = _option("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1, ...")
+    threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice")
+    seed: int = _option(0, "chooses the initialisation and the tasks")
+    split_seed: int = _option(0, "chooses the generated characters, and which classes are for testing")
+    log_every: int = _option(25, "meta-steps averaged into one row of metrics.csv")
+    checkpoint_every: int = _option(100, "meta-steps between checkpoints")
+    validate_every: int = _option(500, "meta-steps between accuracies on validation classes; a multiple of log_every")
+    validation_tasks: int = _option(200, "tasks of such an accuracy")
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r} is not known; pass one of {', '.join(choices)}.")
+        for name in _AT_LEAST_ONE:
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("ways", self.ways, 2)
+        _check_integer("threads", self.threads, 0)
+        _check_integer("seed", self.seed, 0)
+        _check_integer("split_seed", self.split_seed, 0)
+        for name in _POSITIVE:
+            _check_number(name, getattr(self, name), positive=True)
+        _check_number("damping", self.damping, positive=False)
+        if self.data == "omniglot" and self.root is None:
+            raise ConfigError(
+                "root=None, but omniglot is read from files; pass the folder with images_background.zip and "
+                "images_evaluation.zip, or data='glyphs', which needs none."
+            )
+        if self.validate_every % self.log_every:
+            raise ConfigError(
+                f"validate_every={self.validate_every} is not a multiple of log_every={self.log_every}, and a "
+                f"validation accuracy stands in a row of the metrics; pass for instance "
+                f"validate_every={self.log_every * max(1, round(self.validate_every / self.log_every))}."
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON.
+
+        Args:
+            path: file to write.
+        """
+        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        """Read settings that ``save`` wrote.
+
+        Args:
+            path: file to read.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ConfigError: if the file is missing, is not JSON, or holds other settings than these.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} does not exist, so there is no run; pass the folder of a run.") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not JSON ({error}); restore it, or start a run in a new folder.") from error
+        known = {entry.name for entry in fields(cls)}
+        if not isinstance(values, dict) or set(values) != known:
+            strange = sorted(known.symmetric_difference(values)) if isinstance(values, dict) else type(values).__name__
+            raise ConfigError(
+                f"{path} does not hold the settings of this version (differs in {strange}); read it with the version "
+                f"that wrote it, or start a run in a new folder."
+            )
+        return cls(**values)
+
+
+def help_of(name: str) -> str:
+    """What a setting means.
+
+    Args:
+        name: a field of ``Config``.
+
+    Returns:
+        One line.
+    """
+    return next(entry.metadata["help"] for entry in fields(Config) if entry.name == name)
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r} cannot be; pass an integer of at least {least}.")
+
+
+def _check_number(name: str, value: object, *, positive: bool) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value < 0 or (positive and value == 0):
+        raise ConfigError(
+            f"{name}={value!r} cannot be; pass a finite number {'above 0' if positive else 'of at least 0'}."
+        )

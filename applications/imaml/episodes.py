@@ -1,0 +1,146 @@
+"""Few-shot tasks, drawn from a set of images in classes without leaving its device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from applications.datasets import SPLIT_SIZES, ClassImages, check_disjoint, load, split_classes
+from applications.imaml.config import Config
+
+ROTATIONS = 4
+
+SplitName = Literal["train", "validation", "test"]
+
+
+class Tasks(NamedTuple):
+    """A batch of tasks, each to be learnt from its support images and judged by its query images.
+
+    Images are float32 between 0 and 1, ``[tasks, ways * shots, channels, height, width]`` and likewise with queries;
+    labels are int64 below ``ways``, ``[tasks, ways * shots]``. Images of one class are neighbours.
+    """
+
+    support_images: Tensor
+    support_labels: Tensor
+    query_images: Tensor
+    query_labels: Tensor
+
+
+def generator_for(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A source of randomness of its own for each purpose, so that drawing more for one leaves the others as they are.
+
+    Args:
+        seed: of the whole run; not negative.
+        purpose: what is drawn, for instance "training tasks".
+        device: where it is drawn.
+
+    Returns:
+        A generator, seeded by both.
+    """
+    # SeedSequence, since seeds like seed + 1 would let the tasks of one run be those of its neighbour.
+    (state,) = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state))
+
+
+def load_splits(config: Config, device: torch.device) -> dict[SplitName, ClassImages]:
+    """Load the dataset of a run, cut into classes for training, validation and test.
+
+    Args:
+        config: of the run.
+        device: where the images are wanted.
+
+    Returns:
+        The classes of each split; no class is in two.
+
+    Raises:
+        OSError: if the files of the dataset cannot be read.
+        ValueError: if they are damaged.
+    """
+    root = None if config.root is None else Path(config.root)
+    dataset = load(config.data, root, config.split_seed)
+    chosen = split_classes(dataset.classes, SPLIT_SIZES[config.data], config.split_seed)
+    check_disjoint(chosen)
+
+    def part(indices: Tensor) -> ClassImages:
+        names = tuple(dataset.names[index] for index in indices.tolist())
+        return replace(dataset, images=dataset.images[indices], names=names).to(device)
+
+    return {name: part(chosen[name]) for name in get_args(SplitName)}
+
+
+class TaskSampler:
+    """Draws tasks of ``ways`` classes with ``shots`` support and ``queries`` query images each.
+
+    Classes and their images are drawn without replacement, so that no query image is among the support images.
+    Each class of a task is turned by a random multiple of 90°, support and query images alike (Santoro et al.,
+    "Meta-Learning with Memory-Augmented Neural Networks", 2016, turned whole classes likewise to have more of them).
+
+    Args:
+        dataset: classes to draw from, square images, on the device where tasks are wanted.
+        ways: classes of a task.
+        shots: support images of a class.
+        queries: query images of a class.
+        generator: source of randomness on the device of the images; its state is all the state there is.
+
+    Raises:
+        ValueError: if the dataset has too few classes or images, or if its images are not square.
+    """
+
+    def __init__(self, dataset: ClassImages, ways: int, shots: int, queries: int, generator: torch.Generator) -> None:
+        classes, per_class, channels, height, width = dataset.images.shape
+        if ways > classes:
+            raise ValueError(
+                f"ways={ways} asks for more classes in a task than the {classes} that this part of {dataset.source} "
+                f"has; pass ways of at most {classes}."
+            )
+        if shots + queries > per_class:
+            raise ValueError(
+                f"shots={shots} and queries={queries} ask for {shots + queries} different images of a class, but "
+                f"{dataset.source} has {per_class} of each; pass a sum of at most {per_class}."
+            )
+        if height != width:
+            raise ValueError(
+                f"images are {height}x{width}, and a quarter turn would change their shape; pass square images."
+            )
+        self._pixels = dataset.images.flatten(3)
+        self._shape = (channels, height, width)
+        self._ways, self._shots, self._queries = ways, shots, queries
+        self.generator = generator
+        upright = torch.arange(height * width, device=self._pixels.device).reshape(height, width)
+        self._turned = torch.stack([upright.rot90(turns).flatten() for turns in range(ROTATIONS)])
+
+    def sample(self, tasks: int) -> Tasks:
+        """Draw tasks.
+
+        Args:
+            tasks: how many.
+
+        Returns:
+            The tasks, on the device of the dataset.
+        """
+        classes = self._choose((tasks,), self._pixels.shape[0], self._ways)
+        chosen = self._choose((tasks, self._ways), self._pixels.shape[1], self._shots + self._queries)
+        pixels = self._pixels[classes[:, :, None], chosen]
+        turns = self._random(tasks, self._ways).mul(ROTATIONS).long()
+        order = self._turned[turns][:, :, None, None].expand(pixels.shape)
+        images = pixels.gather(-1, order).float().div(255).unflatten(-1, self._shape[1:])
+        support, query = images.split([self._shots, self._queries], dim=2)
+        labels = torch.arange(self._ways, device=images.device).expand(tasks, -1)
+        return Tasks(
+            support.flatten(1, 2),
+            labels.repeat_interleave(self._shots, dim=1),
+            query.flatten(1, 2),
+            labels.repeat_interleave(self._queries, dim=1),
+        )
+
+    def _choose(self, lanes: tuple[int, ...], population: int, size: int) -> Tensor:
+        # The places of the largest of independent uniform numbers are a uniform draw without replacement.
+        return self._random(*lanes, population).topk(size, dim=-1).indices
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self._pixels.device)

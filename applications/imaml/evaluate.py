@@ -1,0 +1,184 @@
+"""Accuracy on tasks of unseen classes, with everything that the number depends on."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from applications.imaml import checkpoint
+from applications.imaml.algorithms import accuracy, adapt, query_logits
+from applications.imaml.checkpoint import write_atomically
+from applications.imaml.config import BatchNorm, Config, ConfigError
+from applications.imaml.device import use
+from applications.imaml.episodes import SplitName, Tasks, TaskSampler, generator_for, load_splits
+from applications.imaml.network import Parameters
+
+REPORT = "evaluation.json"
+# 95 % of a normal distribution lies within so many standard deviations of its mean.
+NORMAL_95 = 1.96
+
+
+class Accuracies(NamedTuple):
+    """Fraction of each task's query images classified rightly, before and after adaptation, ``[tasks]``."""
+
+    before: Tensor
+    after: Tensor
+
+
+def accuracies(theta: Parameters, sampler: TaskSampler, config: Config, tasks: int) -> Accuracies:
+    """Measure the accuracy on each of a number of tasks.
+
+    Args:
+        theta: meta-parameters.
+        sampler: draws the tasks.
+        config: of the run; its inner solver, its batch normalisation, and how many tasks to solve at once.
+        tasks: how many.
+
+    Returns:
+        One accuracy a task, on the CPU.
+    """
+
+    def task(support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor) -> tuple[Tensor, Tensor]:
+        phi = adapt(theta, support, support_labels, config).value
+        before, after = (query_logits(values, support, query, config.batch_norm) for values in (theta, phi))
+        return accuracy(before, query_labels), accuracy(after, query_labels)
+
+    batches: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for first in range(0, tasks, config.tasks):
+            drawn: Tasks = sampler.sample(min(config.tasks, tasks - first))
+            batches.append(torch.vmap(task)(*drawn))
+    before, after = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    return Accuracies(before, after)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an accuracy is measured.
+
+    Args:
+        tasks: how many tasks.
+        split: whose classes they are drawn from.
+        batch_norm: whose statistics normalise the query images; None as in training.
+        seed: chooses the tasks.
+
+    Raises:
+        ConfigError: if there are fewer than two tasks, which have no spread, or the seed is negative.
+    """
+
+    tasks: int = 600
+    split: SplitName = "test"
+    batch_norm: BatchNorm | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tasks < 2:
+            raise ConfigError(f"tasks={self.tasks} has no spread to make an interval of; pass at least 2.")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} cannot be; pass an integer of at least 0.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured accuracy, and what it depends on.
+
+    Args:
+        config: of the run, with the batch normalisation of the evaluation.
+        protocol: how it was measured.
+        classes: number of classes of the split.
+        meta_step: meta-steps that the run had done.
+        measured: one accuracy a task.
+    """
+
+    config: Config
+    protocol: Protocol
+    classes: int
+    meta_step: int
+    measured: Accuracies
+
+    def row(self) -> dict[str, str | int | float]:
+        """The accuracy in percent, its 95 % interval 1.96 s/sqrt(tasks), and everything that they depend on."""
+        config, after = self.config, 100 * self.measured.after.double()
+        interval = NORMAL_95 * after.std().item() / math.sqrt(len(after))
+        return {
+            "data": config.data,
+            "split": f"{self.protocol.split}, {self.classes} classes",
+            "ways": config.ways,
+            "shots": config.shots,
+            "queries": config.queries,
+            "algorithm": config.algorithm,
+            "batch_norm": config.batch_norm,
+            "inner": config.inner,
+            "inner_steps": config.inner_steps,
+            "inner_lr": config.inner_lr,
+            "lam": config.lam,
+            "meta_step": self.meta_step,
+            "training_seed": config.seed,
+            "split_seed": config.split_seed,
+            "tasks": len(after),
+            "task_seed": self.protocol.seed,
+            "before": 100 * self.measured.before.double().mean().item(),
+            "accuracy": after.mean().item(),
+            "interval": interval,
+        }
+
+    def __str__(self) -> str:
+        row = self.row()
+        step = f" of lr {row['inner_lr']:g}" if row["inner"] == "gradient" else ""
+        return (
+            f"{row['data']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
+            f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps, seed {row['training_seed']} | "
+            f"{row['inner_steps']} {row['inner']} steps{step}, lam {row['lam']:g} | batch norm {row['batch_norm']} | "
+            f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
+            f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the row, the settings of the run and the accuracy of every task as JSON.
+
+        Args:
+            path: file to write.
+        """
+        content = {
+            "row": self.row(),
+            "config": asdict(self.config),
+            "accuracies_before": self.measured.before.tolist(),
+            "accuracies_after": self.measured.after.tolist(),
+        }
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
+    """Measure the accuracy of a run's last checkpoint.
+
+    Args:
+        config: of the run; where and how fast to compute may differ.
+        folder: of the run.
+        protocol: how to measure.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        CheckpointError: if there is no checkpoint to read.
+        OSError: if the dataset cannot be read.
+        ValueError: if it is damaged, or too small for these tasks.
+    """
+    config = replace(config, batch_norm=protocol.batch_norm or config.batch_norm)
+    saved = checkpoint.load(folder)
+    device = use(config)
+    prefix = "theta."
+    theta = {
+        name.removeprefix(prefix): value.to(device) for name, value in saved.tensors.items() if name.startswith(prefix)
+    }
+    dataset = load_splits(config, device)[protocol.split]
+    generator = generator_for(protocol.seed, f"{protocol.split} tasks", device)
+    sampler = TaskSampler(dataset, config.ways, config.shots, config.queries, generator)
+    measured = accuracies(theta, sampler, config, protocol.tasks)
+    return Evaluation(config, protocol, dataset.classes, saved.numbers["meta_step"], measured)

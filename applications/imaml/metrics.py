@@ -1,0 +1,127 @@
+"""The record of a training run: means gathered on the device, rows of a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+import torch
+
+from applications.imaml.algorithms import Outcome
+
+GATHERED = (
+    "query_loss",
+    "query_accuracy",
+    "support_loss",
+    "inner_residual",
+    "adjoint_residual",
+    "negative_curvature",
+)
+"""Means over the tasks of a row: query and support cross-entropy after adaptation; fraction of right answers; norm of
+the gradient of the inner objective before its last step; residual of the adjoint's linear system relative to its
+right-hand side; fraction of tasks in which that system met a direction of non-positive curvature."""
+
+COLUMNS = ("meta_step", *GATHERED, "validation_accuracy", "seconds", "tasks_per_second")
+"""Columns of metrics.csv; ``seconds`` is the time spent training, over all resumptions."""
+
+
+class Meter:
+    """Sums of metrics on the device, so that a meta-step never waits for the host.
+
+    Args:
+        device: where the sums lie.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(GATHERED), dtype=torch.float64, device=device)
+
+    def add(self, outcome: Outcome) -> None:
+        """Gather one meta-step, after its backward.
+
+        Args:
+            outcome: of the meta-step.
+        """
+        report = outcome.solution.adjoint
+        missing = torch.full_like(outcome.query_loss, torch.nan)
+        values = (
+            outcome.query_loss,
+            outcome.query_accuracy,
+            outcome.support_loss,
+            outcome.solution.stats.residual,
+            report.residual if report.residual is not None else missing,
+            (report.curvature[0] <= 0).float() if report.curvature is not None else missing,
+        )
+        self.sums += torch.stack([value.detach().double().mean() for value in values])
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Read the means and start afresh; this waits for the device.
+
+        Args:
+            steps: meta-steps gathered since the last time.
+
+        Returns:
+            One value for each of ``GATHERED``, NaN where the algorithm has none.
+        """
+        means = (self.sums / steps).tolist()
+        self.sums.zero_()
+        return dict(zip(GATHERED, means, strict=True))
+
+
+class MetricsFile:
+    """metrics.csv: rows are appended, and cut off again behind the checkpoint from which a run is resumed.
+
+    Args:
+        path: the file.
+        size: bytes that were there at the checkpoint; 0 starts the file.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: if it has fewer bytes than that.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path = path
+        if size == 0:
+            path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8", newline="")
+        elif path.stat().st_size < size:
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, but the checkpoint was taken when it had {size}; restore it, "
+                f"or start a run in a new folder."
+            )
+        else:
+            os.truncate(path, size)
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._path.stat().st_size
+
+    def append(self, row: dict[str, float]) -> None:
+        """Write a row and see it on the disk.
+
+        Args:
+            row: a value for each of ``COLUMNS``; NaN is written as an empty cell.
+        """
+        text = io.StringIO()
+        cells = ("" if row[name] != row[name] else f"{row[name]:.8g}" for name in COLUMNS)
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> dict[str, list[float]]:
+    """Read metrics.csv.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The values of each column, NaN where a cell is empty.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}

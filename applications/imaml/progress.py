@@ -1,0 +1,93 @@
+"""How far a training run is, on the terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration for people: "45 s", "12 min", "3 h 05 min".
+
+    Args:
+        seconds: not negative.
+
+    Returns:
+        The duration, rounded.
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Display:
+    """Shows how far a run is: a bar on a terminal, a line for each row of metrics elsewhere, nothing if quiet.
+
+    Args:
+        total: meta-steps in all.
+        done: meta-steps done before.
+        quiet: whether to show nothing.
+    """
+
+    def __init__(self, total: int, done: int, quiet: bool) -> None:
+        self._total, self._first, self._quiet = total, done, quiet
+        self._start = time.monotonic()
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._bar_task: TaskID | None = None
+        if not quiet and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("meta-step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[rate]}"),
+                console=self._console,
+            )
+            self._bar_task = self._bar.add_task("training", total=total, completed=done, rate="")
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, meta_step: int, tasks: int) -> None:
+        """Move the bar.
+
+        Args:
+            meta_step: meta-steps done.
+            tasks: tasks of each.
+        """
+        if self._bar is not None and self._bar_task is not None:
+            self._bar.update(self._bar_task, completed=meta_step, rate=self._rate(meta_step, tasks))
+
+    def row(self, row: dict[str, float], tasks: int) -> None:
+        """Tell a row of metrics.
+
+        Args:
+            row: as written to metrics.csv.
+            tasks: tasks of each meta-step.
+        """
+        if self._quiet:
+            return
+        step = int(row["meta_step"])
+        text = f"{step}/{self._total}  query loss {row['query_loss']:.3f}  accuracy {100 * row['query_accuracy']:.1f} %"
+        if not math.isnan(row["validation_accuracy"]):
+            text += f"  validation {100 * row['validation_accuracy']:.1f} %"
+        self._console.print(text if self._bar is not None else f"{text}  {self._rate(step, tasks)}", highlight=False)
+
+    def _rate(self, meta_step: int, tasks: int) -> str:
+        per_step = (time.monotonic() - self._start) / max(1, meta_step - self._first)
+        left = describe_seconds(per_step * (self._total - meta_step))
+        return f"{tasks / max(per_step, 1e-9):.1f} tasks/s, {left} left"
