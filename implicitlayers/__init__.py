@@ -15,8 +15,16 @@ from implicitlayers.solvers.lbfgs import LBFGS
 from implicitlayers.solvers.line_search import Armijo, LineSearch
 from implicitlayers.solvers.newton import Newton
 from implicitlayers.status import (
-    AdjointError, AdjointReport, AdjointWarning, ImplicitLayersError, MisuseError, Solution, SolveError, SolveWarning,
-    Stats, Status,
+    AdjointError,
+    AdjointReport,
+    AdjointWarning,
+    ImplicitLayersError,
+    MisuseError,
+    Solution,
+    SolveError,
+    SolveWarning,
+    Stats,
+    Status,
 )  # fmt: skip
 
 __version__ = "0.1.0"

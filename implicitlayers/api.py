@@ -19,7 +19,16 @@ from implicitlayers.regularizers import Regularizer
 from implicitlayers.solver import Solver
 from implicitlayers.solvers.lbfgs import LBFGS
 from implicitlayers.status import (
-    AdjointReport, MisuseError, Policy, Solution, SolveError, SolveWarning, Stats, check_policy, describe_failures, failed,
+    AdjointReport,
+    MisuseError,
+    Policy,
+    Solution,
+    SolveError,
+    SolveWarning,
+    Stats,
+    check_policy,
+    describe_failures,
+    failed,
 )  # fmt: skip
 
 __all__ = ["argmin"]
@@ -75,7 +84,7 @@ def argmin(
     start = structure.flatten(x0, "x0")
     tensors, skeleton = flatten_tensors(params)
     problem = _Objective(objective, structure, skeleton, len(tensors), has_aux)
-    captured = problem.examine(start, tensors, touches_all=regularizer is None)
+    captured = problem.examine(start, tensors, touches_all=regularizer is None, look=solver.looks)
     # The copies are views made by a torch operation, so that a surrounding argmin's substitution reaches them too.
     inputs = [t.view_as(t) for t in (*tensors, *captured)]
     terms: list[Term] = [problem.term(captured)]
@@ -103,7 +112,7 @@ class _Objective:
     count: int
     has_aux: bool
 
-    def examine(self, start: Tensor, tensors: list[Tensor], touches_all: bool) -> list[Tensor]:
+    def examine(self, start: Tensor, tensors: list[Tensor], *, touches_all: bool, look: bool) -> list[Tensor]:
         """Evaluate once, check what comes back, and return the captured tensors that need to become inputs."""
         # Copies, so that a tensor that is both passed and captured is seen as captured.
         x = self.structure.unflatten(start.detach().clone())
@@ -111,7 +120,10 @@ class _Objective:
         leaves, _ = flatten_tensors(x)
         with torch.no_grad(), Probe([*leaves, *copies]) as probe:
             out = self.fn(x, *join_tensors(copies, self.skeleton))
+            again = self.fn(x, *join_tensors(copies, self.skeleton)) if look else out
         self._check_output(out)
+        if look:
+            self._check_repeatable(out, again)
         untouched = [p for p, leaf in zip(self.structure.paths, leaves, strict=True) if not probe.touched(leaf)]
         if untouched and touches_all:
             raise MisuseError(
@@ -144,6 +156,17 @@ class _Objective:
             return out[0] if self.has_aux else out
 
         return ObjectiveTerm(flat, slots, model, loss)
+
+    def _check_repeatable(self, out: Any, again: Any) -> None:
+        first, second = (all_lanes(o[0] if self.has_aux else o) for o in (out, again))
+        # Parallel sums may differ by rounding from call to call; dropout and fresh batches differ by far more.
+        tolerance = torch.finfo(first.dtype).eps ** 0.5 * torch.maximum(first.abs(), second.abs())
+        if bool(((first - second).abs() > tolerance).any()):
+            raise MisuseError(
+                f"the objective is not deterministic: two calls at x0 gave {first.flatten()[0].item()} and "
+                f"{second.flatten()[0].item()}, so it has no minimizer. Switch dropout off (module.eval()), and draw batches "
+                "and noise before the call."
+            )
 
     def _check_output(self, out: Any) -> None:
         if self.has_aux:

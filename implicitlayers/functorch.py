@@ -8,20 +8,14 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "all_lanes",
-    "any_lane",
-    "batched",
-    "carries_derivative",
-    "forward_ad_enabled",
-    "is_wrapped",
-    "primal",
+    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "is_wrapped", "primal", "pullback",
     "pushforward",
-]
+]  # fmt: skip
 
 
 def is_wrapped(t: Tensor) -> bool:
@@ -51,9 +45,10 @@ def primal(t: Tensor) -> Tensor:
 
 
 def forward_ad_enabled() -> Any:
-    """Context that switches forward-mode AD back on: PyTorch turns it off inside `Function.jvp`, and nested forward
-    derivatives of what runs there would silently vanish.
-    """  # fmt: skip
+    """Context that switches forward-mode AD back on.
+
+    PyTorch turns it off inside `Function.jvp`, and nested forward derivatives of what runs there would silently vanish.
+    """
     return forward_ad._set_fwd_grad_enabled(True)
 
 
@@ -71,11 +66,6 @@ def all_lanes(t: Tensor) -> Tensor:
     return t
 
 
-def any_lane(mask: Tensor) -> bool:
-    """Whether `mask` is true in any lane, those of surrounding vmaps included. Synchronizes with the device."""
-    return bool(all_lanes(mask).any())
-
-
 def batched(fn: Callable[..., Any], lanes: Sequence[Sequence[int | None]], leading: int = 1) -> Callable[..., Any]:
     """Map `fn` over lane levels, the first level innermost.
 
@@ -90,12 +80,18 @@ def batched(fn: Callable[..., Any], lanes: Sequence[Sequence[int | None]], leadi
     return fn
 
 
+def pullback(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """`torch.func.vjp` without auxiliary output: the value, and w ↦ (wᵀ ∂f/∂primal, ...), reusable any number of times."""
+    value, pull, *_ = vjp(f, *primals)
+    return value, pull
+
+
 def pushforward(f: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
     """Jacobian-vector product as the transpose of a transpose, J t = d/dw [wᵀ J]ᵀ t.
 
     It takes no forward-mode level of its own: PyTorch's dual numbers do not nest, and torch.func.jvp inside
     `Function.jvp` would be silently wrong.
     """
-    out, pull = vjp(f, *primals)
-    _, pull_twice = vjp(pull, pytree.tree_map(torch.zeros_like, out))
+    out, pull = pullback(f, *primals)
+    _, pull_twice = pullback(pull, pytree.tree_map(torch.zeros_like, out))
     return pull_twice(tuple(tangents))[0]

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.func import vjp, vmap
+from torch.func import vmap
 
-from implicitlayers.functorch import batched, forward_ad_enabled, primal, pushforward
+from implicitlayers.functorch import batched, forward_ad_enabled, primal, pullback, pushforward
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.loop import Finished, iterate
@@ -70,7 +70,9 @@ class ImplicitArgmin(Function):
         for term in condition.terms:
             inside = [i for i in wanted if i in term.slots]
             if inside:
-                _, pull = vjp(_residual_of(term, condition.lanes, x, tensors, inside), *[tensors[i] for i in inside])
+                _, pull = pullback(
+                    _residual_of(term, condition.lanes, x, tensors, inside), *[tensors[i] for i in inside]
+                )
                 for i, g in zip(inside, pull(u), strict=True):
                     grads[i] = -g if grads[i] is None else grads[i] - g
         return None, None, *grads

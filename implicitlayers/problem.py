@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
+from torch.func import grad
 from torch.utils import _pytree as pytree
 
-from implicitlayers.functorch import batched, pushforward
+from implicitlayers.functorch import batched, pullback, pushforward
 
 __all__ = ["Bound", "Composite", "Condition", "Lanes", "ObjectiveTerm", "Outcome", "Term", "select"]
 
@@ -117,18 +117,18 @@ class ObjectiveTerm(Term):
         # Lanes are independent, so the gradient of all their values is pulled back at once: one transform less on every
         # operation than mapping a gradient over the lanes.
         fn = batched(self.fn, lanes)
-        value, pull = vjp(lambda z: fn(z, *params), x)
+        value, pull = pullback(lambda z: fn(z, *params), x)
         return value, pull(torch.ones_like(value))[0]
 
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         if not self.gauss_newton:
             # The Hessian is symmetric, so the product is a vector-Jacobian product of the gradient: plain reverse mode.
-            return vjp(lambda z: self.residual(z, *params), x)[1](y)[0]
+            return pullback(lambda z: self.residual(z, *params), x)[1](y)[0]
         assert self.model is not None and self.loss is not None
         model, loss = self.model, self.loss
-        z, pull = vjp(lambda w: model(w, *params), x)
+        z, pull = pullback(lambda w: model(w, *params), x)
         Jy = pushforward(lambda w: model(w, *params), [x], [y])
-        BJy = vjp(lambda o: grad(loss)(o, *params), z)[1](Jy)[0]
+        BJy = pullback(lambda o: grad(loss)(o, *params), z)[1](Jy)[0]
         return pull(BJy)[0]
 
     def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
@@ -136,16 +136,16 @@ class ObjectiveTerm(Term):
             fn = batched(self.fn, lanes)
 
             def gradient(z: Tensor) -> Tensor:
-                value, pull = vjp(lambda w: fn(w, *params), z)
+                value, pull = pullback(lambda w: fn(w, *params), z)
                 return pull(torch.ones_like(value))[0]
 
-            _, pull = vjp(gradient, x)
+            _, pull = pullback(gradient, x)
             return lambda y: pull(y)[0]
         model, loss_gradient = batched(self.model, lanes), batched(grad(self.loss), lanes)  # type: ignore[arg-type]
-        z, pull = vjp(lambda w: model(w, *params), x)
+        z, pull = pullback(lambda w: model(w, *params), x)
         # The transpose of the transpose: a product with J from reverse mode alone, its graph kept across products.
-        _, push = vjp(lambda w: pull(w)[0], pytree.tree_map(torch.zeros_like, z))
-        _, curve = vjp(lambda o: loss_gradient(o, *params), z)
+        _, push = pullback(lambda w: pull(w)[0], pytree.tree_map(torch.zeros_like, z))
+        _, curve = pullback(lambda o: loss_gradient(o, *params), z)
         return lambda y: pull(curve(push(y)[0])[0])[0]
 
 

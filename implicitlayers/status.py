@@ -43,7 +43,7 @@ class Status(IntEnum):
     MAX_STEPS = (
         1,
         "the step limit was reached before the tolerance",
-        "raise max_steps, loosen rtol/atol, start closer, or take a solver that suits the conditioning (LBFGS, Newton; a preconditioner)",
+        "raise max_steps, loosen rtol/atol, start closer, or take a solver that suits the conditioning (LBFGS, Newton)",
     )
     STALLED = (
         2,
@@ -53,7 +53,7 @@ class Status(IntEnum):
     NON_FINITE = (
         3,
         "a NaN or an infinity appeared",
-        "look for a division, log or sqrt at the edge of its domain, start elsewhere, or take a smaller step or a line search",
+        "look for a division, log or sqrt at the edge of its domain, start elsewhere, or take smaller steps",
     )
     LINE_SEARCH_FAILED = (
         4,
@@ -62,8 +62,8 @@ class Status(IntEnum):
     )
     INDEFINITE = (
         5,
-        "a direction of non-positive curvature was met, so this is no strict minimum and conjugate gradients do not apply",
-        'add damping or regularization, use curvature="gauss_newton" with a Composite objective, or linear_solver=Dense()',
+        "a direction of non-positive curvature was met: no strict minimum, and conjugate gradients do not apply",
+        'add damping or regularization, use curvature="gauss_newton" with a Composite, or linear_solver=Dense()',
     )
     SINGULAR = (
         6,

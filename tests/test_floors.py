@@ -20,9 +20,9 @@ PACKAGE = "implicitlayers"
 FLOORS = (
     {"status", "functorch"},
     {"flat"},
-    {"regularizers", "closure"},
+    {"closure"},
     {"problem"},
-    {"loop", "certificate"},
+    {"regularizers", "loop", "certificate"},
     {"linear", "solver"},
     {"implicit", "solvers"},
     {"adjoints"},

@@ -1,0 +1,1 @@
+"""Linear solvers and the operators they work on."""

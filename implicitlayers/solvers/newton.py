@@ -1,4 +1,4 @@
-"""Newton's method with an iterative linear solver: Hessian-free optimization (Martens 2010; Nocedal & Wright 2006, 7.1)."""
+"""Newton's method with an iterative linear solver (Martens 2010; Nocedal & Wright 2006, section 7.1)."""
 
 from __future__ import annotations
 
