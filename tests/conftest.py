@@ -1,6 +1,8 @@
 """What every test may rely on: few threads, a seed, untouched global settings, patient hypothesis."""
 
+import importlib
 import os
+import warnings
 
 import hypothesis
 import pytest
@@ -8,6 +10,11 @@ import torch
 
 # One process per core and one thread per process: several threads in each would wait for each other.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# The first forward derivative of a process imports this module, which uses a function that PyTorch itself deprecates.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 # Solves differ in length by orders of magnitude, so that a time limit per example would say nothing.
 hypothesis.settings.register_profile("suite", deadline=None)
