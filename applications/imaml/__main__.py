@@ -71,11 +71,12 @@ def train_command(
 ) -> None:
     """Meta-train a network; every run leaves its settings, metrics, curves and a checkpoint in one folder."""
     with _explained():
-        given = {entry.name: context.params[entry.name] for entry in fields(Config)}
+        given: dict[str, Any] = {entry.name: context.params[entry.name] for entry in fields(Config)}
         if resume:
             config = _resumed(Config.load(out / CONFIG), given, context)
         else:
-            config = Config(**(given | {"queries": shots if queries is None else queries}))
+            given["queries"] = shots if queries is None else queries
+            config = Config(**given)
         if time_limit is not None and not time_limit > 0:
             raise ConfigError(f"time_limit={time_limit} cannot be; pass a number of seconds above 0.")
         done = train(config, out, Limits(time_limit, quiet), resume=resume)

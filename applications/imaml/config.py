@@ -161,8 +161,7 @@ def _check_integer(name: str, value: object, least: int) -> None:
 
 
 def _check_number(name: str, value: object, *, positive: bool) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (positive and value == 0):
-        raise ConfigError(
-            f"{name}={value!r} cannot be; pass a finite number {'above 0' if positive else 'of at least 0'}."
-        )
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        wanted = "above 0" if positive else "of at least 0"
+        raise ConfigError(f"{name}={value!r} cannot be; pass a finite number {wanted}.")
