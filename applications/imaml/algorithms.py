@@ -75,13 +75,12 @@ def meta_loss(config: Config) -> MetaLoss:
     return _ALGORITHMS[config.algorithm](config)
 
 
-def adapt(theta: Parameters, images: Tensor, labels: Tensor, config: Config) -> il.Solution:
+def adapt(theta: Parameters, task: Tasks, config: Config) -> il.Solution:
     """Learn one task from its support images; differentiable in ``theta``, as ``config`` says.
 
     Args:
         theta: meta-parameters.
-        images: support images ``[ways * shots, channels, height, width]``.
-        labels: their labels ``[ways * shots]``.
+        task: one task, without the leading dimension; its query images aren't looked at.
         config: inner solver and curvature.
 
     Returns:
@@ -90,8 +89,8 @@ def adapt(theta: Parameters, images: Tensor, labels: Tensor, config: Config) -> 
     return il.argmin(
         _SUPPORT_LOSS,
         theta,
-        images,
-        labels,
+        task.support_images,
+        task.support_labels,
         regularizer=il.Proximal(theta, config.lam),
         solver=_solver(config),
         adjoint=_adjoint(config),
@@ -101,20 +100,20 @@ def adapt(theta: Parameters, images: Tensor, labels: Tensor, config: Config) -> 
     )
 
 
-def query_logits(phi: Parameters, support: Tensor, query: Tensor, batch_norm: BatchNorm) -> Tensor:
+def query_logits(phi: Parameters, task: Tasks, batch_norm: BatchNorm) -> Tensor:
     """Classify the query images of one task with its adapted parameters.
 
     Args:
         phi: the task's parameters.
-        support: support images ``[ways * shots, channels, height, width]``.
-        query: query images ``[ways * queries, channels, height, width]``.
+        task: one task, without the leading dimension.
         batch_norm: whose statistics normalise the query images: "transductive" for those of all query images
             together, "support" for those of the support images, so that each query image is classified on its own.
 
     Returns:
         Logits ``[ways * queries, ways]``.
     """
-    return forward(phi, query, batch_statistics(phi, support) if batch_norm == "support" else None)
+    statistics = batch_statistics(phi, task.support_images) if batch_norm == "support" else None
+    return forward(phi, task.query_images, statistics)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -131,22 +130,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _implicit(config: Config) -> MetaLoss:
-    def task(theta: Parameters, *task: Tensor) -> _Judged:
-        solution = adapt(theta, task[0], task[1], config)
-        return _judge(solution, solution.value, Tasks(*task), config)
+    def judge(theta: Parameters, task: Tasks) -> _Judged:
+        solution = adapt(theta, task, config)
+        return _judge(solution, solution.value, task, config)
 
-    return _over_tasks(task)
+    return _over_tasks(judge)
 
 
 def _first_order(config: Config) -> MetaLoss:
-    def task(theta: Parameters, *task: Tensor) -> _Judged:
-        start = {name: value.detach() for name, value in theta.items()}
-        solution = adapt(start, task[0], task[1], config)
+    def judge(theta: Parameters, task: Tasks) -> _Judged:
+        solution = adapt({name: value.detach() for name, value in theta.items()}, task, config)
         # The value of phi*, with the derivative of the identity: the query gradient at phi* is applied at theta.
         phi = {name: value + (solution.value[name] - value).detach() for name, value in theta.items()}
-        return _judge(solution, phi, Tasks(*task), config)
+        return _judge(solution, phi, task, config)
 
-    return _over_tasks(task)
+    return _over_tasks(judge)
 
 
 _ALGORITHMS: Mapping[AlgorithmName, Callable[[Config], MetaLoss]] = MappingProxyType(
@@ -156,16 +154,16 @@ _ALGORITHMS: Mapping[AlgorithmName, Callable[[Config], MetaLoss]] = MappingProxy
 _Judged = tuple[Tensor, Tensor, Tensor, il.Solution]
 
 
-def _over_tasks(task: Callable[..., _Judged]) -> MetaLoss:
+def _over_tasks(judge: Callable[[Parameters, Tasks], _Judged]) -> MetaLoss:
     def loss(theta: Parameters, tasks: Tasks) -> Outcome:
-        query_loss, query_accuracy, support_loss, solution = torch.vmap(task, in_dims=(None, 0, 0, 0, 0))(theta, *tasks)
+        query_loss, query_accuracy, support_loss, solution = torch.vmap(judge, in_dims=(None, 0))(theta, tasks)
         return Outcome(query_loss.mean(), query_loss.detach(), query_accuracy, support_loss, solution)
 
     return loss
 
 
 def _judge(solution: il.Solution, phi: Parameters, task: Tasks, config: Config) -> _Judged:
-    logits = query_logits(phi, task.support_images, task.query_images, config.batch_norm)
+    logits = query_logits(phi, task, config.batch_norm)
     with torch.no_grad():
         support_loss = F.cross_entropy(forward(phi, task.support_images), task.support_labels)
     # The record needs how the solve went, not what it found; and vmap lets only tensors out, so no None either.

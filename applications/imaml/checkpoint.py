@@ -20,7 +20,8 @@ from torch import Tensor
 
 SCHEMA = 1
 POINTER = "checkpoint.json"
-_PATTERN = "checkpoint-*.safetensors"
+# Also a file that a killed process left half-written.
+_PATTERN = "checkpoint-*.safetensors*"
 
 
 class CheckpointError(RuntimeError):

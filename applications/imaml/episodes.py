@@ -22,7 +22,8 @@ class Tasks(NamedTuple):
     """A batch of tasks, each to be learnt from its support images and judged by its query images.
 
     Images are float32 between 0 and 1, ``[tasks, ways * shots, channels, height, width]`` and likewise with queries;
-    labels are int64 below ``ways``, ``[tasks, ways * shots]``. Images of one class are neighbours.
+    labels are int64 below ``ways``, ``[tasks, ways * shots]``. Images of one class are neighbours. Seen from inside a
+    map over tasks it is one task, and the leading dimension is missing.
     """
 
     support_images: Tensor

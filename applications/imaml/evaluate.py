@@ -44,16 +44,16 @@ def accuracies(theta: Parameters, sampler: TaskSampler, config: Config, tasks: i
         One accuracy a task, on the CPU.
     """
 
-    def task(support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor) -> tuple[Tensor, Tensor]:
-        phi = adapt(theta, support, support_labels, config).value
-        before, after = (query_logits(values, support, query, config.batch_norm) for values in (theta, phi))
-        return accuracy(before, query_labels), accuracy(after, query_labels)
+    def judge(task: Tasks) -> tuple[Tensor, Tensor]:
+        phi = adapt(theta, task, config).value
+        before, after = (query_logits(values, task, config.batch_norm) for values in (theta, phi))
+        return accuracy(before, task.query_labels), accuracy(after, task.query_labels)
 
     batches: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for first in range(0, tasks, config.tasks):
-            drawn: Tasks = sampler.sample(min(config.tasks, tasks - first))
-            batches.append(torch.vmap(task)(*drawn))
+            drawn = sampler.sample(min(config.tasks, tasks - first))
+            batches.append(torch.vmap(judge)(drawn))
     before, after = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
     return Accuracies(before, after)
 
