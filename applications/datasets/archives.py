@@ -25,7 +25,7 @@ Pixels = NDArray[np.uint8]
 
 
 def read_images(source: Path, pattern: re.Pattern[str], size: int) -> Iterator[tuple[tuple[str, ...], Pixels]]:
-    """Decode all images whose path matches a pattern.
+    """Decode all images whose path matches a pattern, in the order of the listing: sorting is left to the caller.
 
     Args:
         source: a zip, or a folder (whose own name is the first part of the paths below it).
@@ -64,7 +64,7 @@ def fingerprint(source: Path) -> list[tuple[str, int, int]]:
 
 
 def _folder_members(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(folder.rglob("*")):
+    for path in folder.rglob("*"):
         name = path.relative_to(folder.parent).as_posix()
         if pattern.fullmatch(name) and path.is_file():
             yield name, path.read_bytes()
@@ -75,7 +75,7 @@ def _zip_members(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, by
     with _explained(path, "its table of contents"):
         archive = zipfile.ZipFile(path)
     with archive:
-        for name in sorted(archive.namelist()):
+        for name in archive.namelist():
             if pattern.fullmatch(name):
                 with _explained(path, name):
                     content = archive.read(name)

@@ -99,7 +99,7 @@ def _source(folder: Path, part: str) -> Path | None:
 
 
 def _cache_name(sources: list[Path], size: int) -> str:
-    facts = [_CACHE_VERSION, size, [fingerprint(source) for source in sources]]
+    facts = [_CACHE_VERSION, [fingerprint(source) for source in sources]]
     return f"omniglot-{size}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.safetensors"
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from applications.datasets import SPLIT_SIZES, glyphs
+from applications.datasets.glyphs import _draw, _render, _styles
 from applications.datasets.strokes import CONTROLS, Script, character
 
 
@@ -108,6 +109,32 @@ def test_drawer_has_a_style_of_their_own(sample):
     assert torch.corrcoef(halves)[0, 1] > 0.9, "a drawer's style should be that of all their characters"
 
 
+def test_drawers_differ_in_everything_that_makes_a_style():
+    styles = _styles(20, 0)
+    assert all(len(np.unique(trait)) == 20 for trait in vars(styles).values())
+
+
+def test_drawings_in_one_style_differ_by_more_than_their_place():
+    """No affine map takes one drawing into another of the same drawer, yet a rough one does."""
+    strokes = character(np.random.default_rng(0), Script.invent(np.random.default_rng(0)))
+    first, second = (_draw(strokes, _styles(20, 0), np.random.default_rng(seed))[0] for seed in (1, 2))
+    for one, other in zip(first, second, strict=True):
+        placed = np.concatenate([one, np.ones((len(one), 1))], axis=1)
+        residual = other - placed @ np.linalg.lstsq(placed, other, rcond=None)[0]
+        assert 0.008 < np.sqrt((residual**2).sum(1).mean()) < 0.1
+
+
+def test_pen_is_lifted_between_strokes_and_as_broad_as_asked():
+    across = np.linspace(0.2, 0.8, 60)
+    lines = [np.stack([across, np.full(60, height)], axis=-1)[None] for height in (0.3, 0.7)]
+    pen = np.array([0.025])
+    apart = [_render(line, np.array([59]), pen, 80)[0] for line in lines]
+    together = _render(np.concatenate(lines, axis=1), np.array([59, 119]), pen, 80)[0]
+    np.testing.assert_array_equal(together, np.minimum(*apart))
+    # Half of the peak of exp(-d^2 / 2 sigma^2) is at d = 1.18 sigma on either side.
+    assert (255 - apart[0][:, 40].astype(float)).sum() / 255 == pytest.approx(2 * 1.18 * 0.025 * 80, abs=0.3)
+
+
 def test_unseen_classes_are_hard_but_not_hopeless_for_pixels(sample):
     """5-way 1-shot nearest neighbour: chance is 0.2, Omniglot 0.44."""
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +153,7 @@ def test_unseen_classes_are_hard_but_not_hopeless_for_pixels(sample):
 def test_character_is_one_to_four_strokes_in_its_box(seed):
     rng = np.random.default_rng(seed)
     counts = set()
-    for _ in range(100):
+    for _ in range(300):
         strokes = character(rng, Script.invent(rng))
         assert strokes.shape[1:] == (CONTROLS, 2)
         counts.add(len(strokes))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from applications.datasets import load, omniglot
@@ -130,13 +131,15 @@ def test_every_layout_gives_the_same(root, tmp_path, place, form):
     assert found.names == expected.names
 
 
-def test_folder_listing_order_does_not_matter(tmp_path, monkeypatch):
+def test_folder_listing_order_does_not_matter(tmp_path, monkeypatch, no_decoding):
     for part in CHARACTERS:
         write_folder(tmp_path / "data", tree(part))
-    expected = omniglot(tmp_path / "data", cache=False)
+    expected = omniglot(tmp_path / "data")
     listed = Path.rglob
     monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(shuffled(listed(self, pattern))))
     assert omniglot(tmp_path / "data", cache=False).images.equal(expected.images)
+    no_decoding()
+    assert omniglot(tmp_path / "data").images.equal(expected.images), "the cache should be found again"
 
 
 def test_other_files_are_passed_over(root, tmp_path):
@@ -323,9 +326,10 @@ def test_cache_notices_a_change_in_a_folder(tmp_path):
     assert (before != after).flatten(2).any(2).nonzero().tolist() == [[4, 0]]
 
 
-def replace_tensor(path, change):
-    with_names = {"names": '["a"]', "source": "omniglot", "crc32": "00000000"}
-    save_file({"images": change(load_file(path)["images"])}, path, with_names)
+def rewrite(path, change=lambda images: images, **metadata):
+    with safe_open(path, framework="pt") as stored:
+        kept = stored.metadata()
+    save_file({"images": change(load_file(path)["images"])}, path, kept | metadata)
 
 
 @pytest.mark.parametrize(
@@ -335,12 +339,27 @@ def replace_tensor(path, change):
         lambda path: path.write_bytes(b"<html>not here</html>"),
         lambda path: path.write_bytes(path.read_bytes()[:-10]),
         lambda path: path.write_bytes(path.read_bytes()[:-10] + bytes(10)),
-        lambda path: replace_tensor(path, lambda images: images),
-        lambda path: replace_tensor(path, lambda images: images.float()),
+        lambda path: rewrite(path, names="[]"),
+        lambda path: rewrite(path, names="5"),
+        lambda path: rewrite(path, names="["),
+        lambda path: rewrite(path, lambda images: images[:5]),
+        lambda path: rewrite(path, lambda images: images.float()),
         lambda path: save_file({"images": load_file(path)["images"]}, path),
         lambda path: save_file({"other": torch.zeros(1)}, path),
     ],
-    ids=["empty", "html", "short", "flipped", "names", "float", "no metadata", "no images"],
+    ids=[
+        "empty",
+        "html",
+        "short",
+        "flipped",
+        "no names",
+        "number",
+        "not json",
+        "fewer",
+        "float",
+        "no metadata",
+        "no images",
+    ],
 )
 def test_corrupt_cache_is_ignored_with_a_warning(root, cache_folder, damage):
     expected = omniglot(root)
