@@ -2,7 +2,6 @@
 
 import os
 import random
-import warnings
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -11,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from applications.datasets import load, omniglot
+from applications.datasets import omniglot
 
 # Names whose order by code point is neither that of the parts nor that of the listing.
 CHARACTERS = {
@@ -29,10 +26,6 @@ ORDER = (
     "Zulu/character02",
     "alpha/character01",
 )
-REAL = [
-    Path(os.environ["IMPLICITLAYERS_DATA"]) if os.environ.get("IMPLICITLAYERS_DATA") else None,
-    Path(__file__).resolve().parents[3] / "shared" / "data",
-]
 
 
 def drawing(class_name, number):
@@ -326,95 +319,16 @@ def test_cache_notices_a_change_in_a_folder(tmp_path):
     assert (before != after).flatten(2).any(2).nonzero().tolist() == [[4, 0]]
 
 
-def rewrite(path, change=lambda images: images, **metadata):
-    with safe_open(path, framework="pt") as stored:
-        kept = stored.metadata()
-    save_file({"images": change(load_file(path)["images"])}, path, kept | metadata)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"<html>not here</html>"),
-        lambda path: path.write_bytes(path.read_bytes()[:-10]),
-        lambda path: path.write_bytes(path.read_bytes()[:-10] + bytes(10)),
-        lambda path: rewrite(path, names="[]"),
-        lambda path: rewrite(path, names="5"),
-        lambda path: rewrite(path, names="["),
-        lambda path: rewrite(path, lambda images: images[:5]),
-        lambda path: rewrite(path, lambda images: images.float()),
-        lambda path: save_file({"images": load_file(path)["images"]}, path),
-        lambda path: save_file({"other": torch.zeros(1)}, path),
-    ],
-    ids=[
-        "empty",
-        "html",
-        "short",
-        "flipped",
-        "no names",
-        "number",
-        "not json",
-        "fewer",
-        "float",
-        "no metadata",
-        "no images",
-    ],
-)
-def test_corrupt_cache_is_ignored_with_a_warning(root, cache_folder, damage):
-    expected = omniglot(root)
-    damage(cached_file(cache_folder))
-    with pytest.warns(UserWarning, match="cannot be used"):
-        found = omniglot(root)
-    assert found.images.equal(expected.images)
-    assert found.names == expected.names
-
-
 def test_corrupt_cache_is_replaced(root, cache_folder, no_decoding):
-    omniglot(root)
+    expected = omniglot(root)
     cached_file(cache_folder).write_bytes(b"rubbish")
     with pytest.warns(UserWarning, match="cannot be used"):
-        omniglot(root)
+        assert omniglot(root).images.equal(expected.images)
     no_decoding()
-    omniglot(root)
+    assert omniglot(root).images.equal(expected.images)
 
 
 def test_unwritable_cache_is_a_warning(root, cache_folder):
     cache_folder.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match=r"could not be cached.*IMPLICITLAYERS_CACHE"):
+    with pytest.warns(UserWarning, match="could not be cached"):
         assert omniglot(root).names == ORDER
-
-
-def test_failed_write_leaves_nothing_behind(root, cache_folder, monkeypatch):
-    def fail(_source, _target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.warns(UserWarning, match=r"could not be cached.*disk full"):
-        omniglot(root)
-    assert list(cache_folder.iterdir()) == []
-
-
-def test_cache_goes_to_the_platform_folder_by_default(root, tmp_path, monkeypatch):
-    monkeypatch.delenv("IMPLICITLAYERS_CACHE")
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    omniglot(root)
-    assert len(list((tmp_path / "xdg" / "implicitlayers").glob("omniglot-28-*.safetensors"))) == 1
-
-
-def test_whole_omniglot(cache_folder):
-    roots = [path for path in REAL if path is not None and path.is_dir()]
-    if not roots:
-        pytest.skip("the real Omniglot is neither in $IMPLICITLAYERS_DATA nor in ../shared/data")
-    with warnings.catch_warnings(action="error"):
-        dataset = load("omniglot", roots[0], seed=0)
-    assert dataset.images.shape == (1623, 20, 1, 28, 28)
-    assert len({name.partition("/")[0] for name in dataset.names}) == 50
-    assert list(dataset.names) == sorted(dataset.names)
-    assert dataset.names[0] == "Alphabet_of_the_Magi/character01"
-    ink = 1 - dataset.images.float().mean() / 255
-    assert 0.07 < ink < 0.10
-    again = load("omniglot", roots[0], seed=1)
-    assert again.images.equal(dataset.images)
-    assert len(list(cache_folder.iterdir())) == 1
