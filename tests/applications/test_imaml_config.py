@@ -1,0 +1,45 @@
+"""Settings that cannot be are refused with what was passed, why it cannot be, and what to pass."""
+
+import pytest
+
+from applications.imaml.config import Config, ConfigError
+
+
+def test_settings_are_read_back_as_they_were_saved(tmp_path):
+    settings = Config(data="omniglot", root="somewhere", lam=0.25, curvature="hessian", seed=3)
+    settings.save(tmp_path / "config.json")
+    assert Config.load(tmp_path / "config.json") == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "mnist"}, "data='mnist' is not known; pass one of glyphs, omniglot"),
+        ({"algorithm": "sgd"}, "algorithm='sgd' is not known; pass one of imaml, fomaml"),
+        ({"ways": 1}, "ways=1 cannot be; pass an integer of at least 2"),
+        ({"tasks": 0}, "tasks=0 cannot be; pass an integer of at least 1"),
+        ({"tasks": 2.0}, "tasks=2.0 cannot be; pass an integer"),
+        ({"shots": True}, "shots=True cannot be"),
+        ({"lam": 0.0}, "lam=0.0 cannot be; pass a finite number above 0"),
+        ({"lam": float("nan")}, "lam=nan cannot be"),
+        ({"damping": -1.0}, "damping=-1.0 cannot be; pass a finite number of at least 0"),
+        ({"seed": -1}, "seed=-1 cannot be"),
+        ({"data": "omniglot"}, "root=None, but omniglot is read from files"),
+        ({"log_every": 20, "validate_every": 50}, "validate_every=50 is not a multiple of log_every=20"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "differs in list"), ('{"ways": 5}', "differs in .*'lam'")],
+)
+def test_settings_that_cannot_be_read_are_refused(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        Config.load(path)
