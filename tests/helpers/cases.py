@@ -29,7 +29,7 @@ SOLVERS = {
     "gradient": il.GradientDescent(lr=0.2, **TIGHT),
     "momentum": il.GradientDescent(lr=0.1, momentum=0.5, **TIGHT),
     "nesterov": il.GradientDescent(lr=0.1, momentum=0.5, nesterov=True, **TIGHT),
-    # Near the minimum the search sees rounding only and accepts every first trial, so that this must contract by itself.
+    # Near the minimum the search sees rounding only and accepts every first trial: that must contract by itself.
     "gradient-armijo": il.GradientDescent(lr=0.2, line_search=il.Armijo(), **TIGHT),
     "lbfgs": il.LBFGS(**TIGHT),
     "newton-cg": il.Newton(il.CG(rtol=1e-10), **TIGHT),
@@ -186,7 +186,7 @@ TRANSFORMS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Ten
         _double_backward,
         lambda f: grad(lambda t: grad(loss(f))(t).square().sum())(THETA),
     ),
-    "third": (lambda f: grad(grad(grad(_line(f))))(ONE), lambda f: jacfwd(jacfwd(jacfwd(_line(f))))(ONE)),
+    "third": (lambda f: grad(grad(grad(_line(f))))(ONE), lambda f: jacfwd(grad(grad(_line(f))))(ONE)),
     "third-forward": (lambda f: jacfwd(jacfwd(jacfwd(_line(f))))(ONE), lambda f: grad(grad(grad(_line(f))))(ONE)),
     "third-mixed": (lambda f: jacfwd(jacrev(jacfwd(_line(f))))(ONE), lambda f: grad(grad(grad(_line(f))))(ONE)),
     "vmap": (lambda f: vmap(f)(BATCH), lambda f: each(f, BATCH)),
@@ -211,7 +211,7 @@ TRANSFORMS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Ten
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def truth(layout: str, transform: str) -> torch.Tensor:
     """What the oracle says; it depends on the layout of the unknown alone, so each is computed once a process."""
     return TRANSFORMS[transform][1](Case(layout, "explicit", "newton-cg").oracle).detach()

@@ -1,7 +1,7 @@
 """Problems with known answers: closed forms with their derivatives, and a Newton oracle in plain torch.func.
 
-Two oracles that share nothing with the library. The closed forms are differentiable functions of their parameters, so
-that torch.func differentiates them; beside each stand its derivatives as formulas, so that the oracle itself is checked.
+Two oracles that share nothing with the library. The closed forms are differentiable functions of their parameters,
+so torch.func differentiates them; their derivatives stand beside them as formulas, and check the oracle itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
 
 
-# --- ridge regression: ½‖Xw - y‖²/m + ½λ‖w‖² -------------------------------------------------------------------------
+# --- ridge regression: ½‖Xw - y‖²/m + ½λ‖w‖² ------------------------------------------------------
 
 
 def ridge_objective(w, X, y, lam):
@@ -50,7 +50,7 @@ def ridge_d2lam(X, y, lam):
     return 2 * M @ M @ ridge_solution(X, y, lam)
 
 
-# --- proximal quadratic (linear iMAML): ½xᵀAx - bᵀx + ½λ‖x - θ‖², M = (A + λI)⁻¹ ------------------------------------
+# --- proximal quadratic (linear iMAML): ½xᵀAx - bᵀx + ½λ‖x - θ‖², M = (A + λI)⁻¹ ------------------
 
 
 def quadratic(x, A, b):
@@ -67,7 +67,7 @@ def proximal_solution(A, b, lam, theta):
     return torch.linalg.solve(A + torch.diag(lam.expand(len(A))), b + lam * theta)
 
 
-# --- weighted least squares: ½ Σ wᵢ (yᵢ - xᵢᵀβ)² ----------------------------------------------------------------------
+# --- weighted least squares: ½ Σ wᵢ (yᵢ - xᵢᵀβ)² --------------------------------------------------
 
 
 def weighted_objective(beta, w, X, y):
@@ -84,14 +84,14 @@ def weighted_dw(w, X, y):
     return torch.linalg.solve(X.T @ (w[:, None] * X), X.T * (y - X @ weighted_solution(w, X, y)))
 
 
-# --- entropy: min Σ exp(xᵢ) - θᵀx, whose answer is the logarithm ----------------------------------------------------------
+# --- entropy: min Σ exp(xᵢ) - θᵀx, whose answer is the logarithm ----------------------------------
 
 
 def exponential(x, theta):
     return x.exp().sum() - theta @ x
 
 
-# --- a strictly convex problem without closed form, for the Newton oracle ----------------------------------------------
+# --- a strictly convex problem without closed form, for the Newton oracle -------------------------
 
 
 # Made here: random numbers must not be drawn inside vmap. One matrix for every length of x; θ has length 3.
@@ -104,14 +104,14 @@ def coupled(x, theta):
     return ((M @ x - theta) ** 2).sum() / 2 + (x**4).sum() / 4 * (theta**2).sum() + (x * x).sum() / 2
 
 
-def newton(objective, x0, theta, recorded: int = 3):
+def newton(objective, x0, theta, steps: int = 12, recorded: int = 3):
     """Minimize by Newton's method; the last steps are left to torch.func to differentiate.
 
     A step that starts at the solution with derivatives right up to order k ends with derivatives right up to 2k + 1, so
     that three recorded steps serve up to order seven.
     """
     fixed, x = theta.detach(), x0
-    for _ in range(12):
+    for _ in range(steps):
         x = x - torch.linalg.solve(hessian(objective)(x, fixed), grad(objective)(x, fixed))
     for _ in range(recorded):
         x = x - torch.linalg.solve(hessian(objective)(x, theta), grad(objective)(x, theta))
@@ -123,7 +123,7 @@ def each(f, batch):
     return torch.stack([f(element) for element in batch])
 
 
-# --- linear systems ------------------------------------------------------------------------------------------------------
+# --- linear systems -------------------------------------------------------------------------------
 
 
 def poisson(n: int = 100, dtype: torch.dtype = F64) -> torch.Tensor:
