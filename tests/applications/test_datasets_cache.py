@@ -55,7 +55,8 @@ def test_what_was_read_does_not_hang_on_the_file(folder):
 def rewrite(path, change=lambda images: images, **metadata):
     with safe_open(path, framework="pt") as stored:
         kept = stored.metadata()
-    save_file({"images": change(load_file(path)["images"])}, path, kept | metadata)
+    written = {name: value for name, value in (kept | metadata).items() if value is not None}
+    save_file({"images": change(load_file(path)["images"])}, path, written)
 
 
 DAMAGE = {
@@ -63,6 +64,7 @@ DAMAGE = {
     "a page": lambda path: path.write_bytes(b"<html>not here</html>"),
     "short": lambda path: path.write_bytes(path.read_bytes()[:-10]),
     "wrong pixels": lambda path: path.write_bytes(path.read_bytes()[:-10] + bytes(10)),
+    "no entry for names": lambda path: rewrite(path, names=None),
     "no names": lambda path: rewrite(path, names="[]"),
     "a number for names": lambda path: rewrite(path, names="5"),
     "names not JSON": lambda path: rewrite(path, names="["),
