@@ -62,8 +62,8 @@ class Implicit(Adjoint):
         gauss_newton = self.curvature == "gauss_newton"
         if gauss_newton and any(isinstance(t, ObjectiveTerm) and t.model is None for t in terms):
             raise MisuseError(
-                'curvature="gauss_newton" needs to know where the model ends and the loss begins, and the objective is a '
-                "plain function; pass Composite(model, loss)."
+                'curvature="gauss_newton" needs to know where the model ends and the loss begins, and the objective is '
+                "a plain function; pass Composite(model, loss)."
             )
         rule = AdjointRule(self.linear_solver, self.damping, gauss_newton, self.on_failure, report)
         return Outcome(*ImplicitArgmin.apply(Stationarity(terms, solver, rule), x0, *tensors))
@@ -96,8 +96,9 @@ class Unrolled(Adjoint):
             return solve_forward(solver, bound, x0)
         if solver.looks:
             raise MisuseError(
-                f"Unrolled(last={self.last}) with a solver that stops at a tolerance: which steps will be the last is not known "
-                "in advance. Run a fixed number (rtol=atol=None), or use OneStep(steps) to record steps taken from the solution."
+                f"Unrolled(last={self.last}) with a solver that stops at a tolerance: which steps will be the last is "
+                "not known in advance. Run a fixed number (rtol=atol=None), or use OneStep(steps) to record steps "
+                "taken from the solution."
             )
         recorded = min(self.last, solver.max_steps)
         frozen = Bound(terms, tuple(t.detach() for t in tensors), ())

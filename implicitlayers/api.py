@@ -13,7 +13,7 @@ from torch import Tensor
 from implicitlayers.adjoints import Adjoint, Implicit, Unrolled
 from implicitlayers.closure import Probe, substituted
 from implicitlayers.flat import Structure, Tree, flatten_tensors, join_tensors
-from implicitlayers.functorch import all_lanes, carries_derivative
+from implicitlayers.functorch import all_lanes, carries_derivative, graph_leaves
 from implicitlayers.problem import Composite, ObjectiveTerm, Outcome, Term
 from implicitlayers.regularizers import Regularizer
 from implicitlayers.solver import Solver
@@ -34,6 +34,9 @@ from implicitlayers.status import (
 __all__ = ["argmin"]
 
 
+# Opaque to torch.compile, which breaks its graph here: tracing a solve gains nothing, and compiled autograd Functions
+# have known faults that change gradients silently (pytorch#183604, #193279).
+@torch.compiler.disable
 def argmin(
     objective: Callable[..., Any],
     x0: Tree,
@@ -52,8 +55,8 @@ def argmin(
     order reach the params, the regularizer's tensors, and every tensor that `objective` captures.
 
     Args:
-        objective: ``(x, *params) -> scalar``; a function, a module, or a `Composite`. Must be deterministic and must not
-            change what it captures.
+        objective: ``(x, *params) -> scalar``; a function, a module, or a `Composite`. Must be deterministic and must
+            not change what it captures.
         x0: where to start; a tensor or any tree of tensors of one floating dtype. Gets no gradient under `Implicit`.
         *params: what the objective depends on; trees of tensors and anything else.
         regularizer: added to the objective.
@@ -127,8 +130,8 @@ class _Objective:
         untouched = [p for p, leaf in zip(self.structure.paths, leaves, strict=True) if not probe.touched(leaf)]
         if untouched and touches_all:
             raise MisuseError(
-                f"the objective does not use {', '.join(untouched)}, so any value there is a minimizer and none has a derivative; "
-                "take it out of x0, or add a regularizer."
+                f"the objective does not use {', '.join(untouched)}, so any value there is a minimizer and none has a "
+                "derivative; take it out of x0, or add a regularizer."
             )
         return probe.captured
 
@@ -164,8 +167,8 @@ class _Objective:
         if bool(((first - second).abs() > tolerance).any()):
             raise MisuseError(
                 f"the objective is not deterministic: two calls at x0 gave {first.flatten()[0].item()} and "
-                f"{second.flatten()[0].item()}, so it has no minimizer. Switch dropout off (module.eval()), and draw batches "
-                "and noise before the call."
+                f"{second.flatten()[0].item()}, so it has no minimizer. Switch dropout off (module.eval()), "
+                "and draw batches and noise before the call."
             )
 
     def _check_output(self, out: Any) -> None:
@@ -180,13 +183,13 @@ class _Objective:
             raise MisuseError(f"the objective returned {type(out).__name__}, not a tensor; return a 0-d tensor{hint}.")
         if out.ndim != 0:
             raise MisuseError(
-                f"the objective returned shape {tuple(out.shape)}, and only a scalar can be minimized; reduce it with .sum() or "
-                ".mean(), or solve many problems at once with torch.vmap."
+                f"the objective returned shape {tuple(out.shape)}, and only a scalar can be minimized; reduce it with "
+                ".sum() or .mean(), or solve many problems at once with torch.vmap."
             )
         if out.dtype != self.structure.dtype:
             raise MisuseError(
-                f"the objective is {out.dtype} but x0 is {self.structure.dtype}: params or data of another dtype entered; convert "
-                "one side, e.g. x0.to(data.dtype)."
+                f"the objective is {out.dtype} but x0 is {self.structure.dtype}: params or data of another dtype "
+                "entered; convert one side, e.g. x0.to(data.dtype)."
             )
         if out.device != self.structure.device:
             raise MisuseError(
@@ -211,12 +214,15 @@ def _check_arguments(objective: Any, regularizer: Any, solver: Any, adjoint: Any
 
 def _check_start(start: Tensor, inputs: list[Tensor]) -> None:
     """Diagnose a derivative that is asked for with respect to the start alone: it is zero, and never meant."""
-    if carries_derivative(start) and not any(carries_derivative(t) for t in inputs):
+    if not carries_derivative(start):
+        return
+    alone = not any(carries_derivative(t) for t in inputs)
+    if alone or not graph_leaves([start]) <= graph_leaves(inputs):
+        what = "x0 carries a derivative but nothing else does" if alone else "a tensor enters only through x0"
         raise MisuseError(
-            "x0 carries a derivative but nothing else does: the minimizer does not depend on where the search starts, so the "
-            "gradient would be zero. Let what you differentiate enter the objective or the regularizer (in iMAML: "
-            "regularizer=Proximal(anchor=theta, lam=...)), pass x0.detach() if no gradient is meant, or differentiate the path "
-            "with adjoint=Unrolled()."
+            f"{what}: a minimizer does not depend on where the search starts, so its gradient would be zero. Let what "
+            "you differentiate enter the objective or the regularizer (in iMAML: regularizer=Proximal(anchor=theta, "
+            "lam=...)), pass x0.detach() if no gradient is meant, or differentiate the path with adjoint=Unrolled()."
         )
 
 

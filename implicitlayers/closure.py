@@ -1,10 +1,10 @@
 """Captured tensors: what a function uses without being handed it.
 
-An objective is usually a closure: it uses a module's parameters, an anchor, a data set of the surrounding scope. Autograd
-Functions and torch.func know explicit inputs only, so a captured tensor would get no gradient, silently. Therefore one
-probe run under a `TorchFunctionMode` notes every tensor that reaches an operation without having been passed in or
-computed on the way; those for which a derivative is asked become explicit inputs, and a second mode puts the explicit
-values in their place whenever the function runs.
+An objective is usually a closure: it uses a module's parameters, an anchor, a data set of the surrounding scope.
+Autograd Functions and torch.func know explicit inputs only, so a captured tensor would get no gradient, silently.
+Therefore one probe run under a `TorchFunctionMode` notes every tensor that reaches an operation without having been
+passed in or computed on the way; those for which a derivative is asked become explicit inputs, and a second mode puts
+the explicit values in their place whenever the function runs.
 
 Known limit: a tensor that reaches a custom ``torch.autograd.Function`` as a direct argument meets no torch operation
 on the way and cannot be replaced there; pass such a tensor as a param.

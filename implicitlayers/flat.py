@@ -43,13 +43,13 @@ class Structure:
 
     @classmethod
     def of(cls, tree: Tree, name: str = "x0") -> Structure:
-        """Describe `tree`; raise `MisuseError` unless all its leaves are real floating tensors of one dtype and device."""
+        """Describe `tree`, all of whose leaves must be real floating tensors of one dtype and device."""
         keyed, spec = pytree.tree_flatten_with_path(tree)
         paths = tuple(name + pytree.keystr(path) for path, _ in keyed)
         leaves = [leaf for _, leaf in keyed]
         if not leaves:
             raise MisuseError(
-                f"{name} has no leaves ({tree!r}), so there is nothing to solve for; pass a tensor, or a tree of tensors."
+                f"{name} has no leaves ({tree!r}), so there is nothing to solve for; pass a tensor or a tree of them."
             )
         for path, leaf in zip(paths, leaves, strict=True):
             if not isinstance(leaf, Tensor):

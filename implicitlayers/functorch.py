@@ -13,8 +13,8 @@ from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "is_wrapped", "primal", "pullback",
-    "pushforward",
+    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "graph_leaves", "is_wrapped", "primal",
+    "pullback", "pushforward",
 ]  # fmt: skip
 
 
@@ -37,6 +37,22 @@ def carries_derivative(t: Tensor) -> bool:
         if not is_wrapped(t):
             return False
         t = _functorch.get_unwrapped(t)
+
+
+def graph_leaves(tensors: Sequence[Tensor]) -> set[int]:
+    """Identities of the leaves that backward from `tensors` would reach; none for tensors inside transforms."""
+    pending = [t.grad_fn for t in tensors if not is_wrapped(t)]
+    seen, leaves = set(), {id(t) for t in tensors if not is_wrapped(t) and t.is_leaf and t.requires_grad}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        pending.extend(parent for parent, _ in node.next_functions)
+    return leaves
 
 
 def primal(t: Tensor) -> Tensor:
@@ -81,7 +97,7 @@ def batched(fn: Callable[..., Any], lanes: Sequence[Sequence[int | None]], leadi
 
 
 def pullback(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
-    """`torch.func.vjp` without auxiliary output: the value, and w ↦ (wᵀ ∂f/∂primal, ...), reusable any number of times."""
+    """`torch.func.vjp` without auxiliary output: value, and w ↦ (wᵀ ∂f/∂primal, ...), which can be used many times."""
     value, pull, *_ = vjp(f, *primals)
     return value, pull
 

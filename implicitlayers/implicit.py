@@ -8,7 +8,7 @@ Let x(θ) satisfy F(x(θ), θ) = 0 with A = ∂F/∂x regular. Differentiating i
 (Krantz & Parks 2013; for argmin layers Gould et al. 2016; Blondel et al. 2022). Only the solution enters, not the path
 to it, so nothing of the solve is recorded.
 
-The linear system is itself an optimality condition, A(x, θ) u - v = 0 in the unknown u with parameters (v, x, θ), and it
+The linear system is itself an optimality condition, A(x, θ) u - v = 0 in the unknown u with parameters (v, x, θ), and
 is solved by the same Function. Hence its derivatives follow the same rule and every order of derivative is right, if
 three things are kept, each of which fails silently otherwise:
 
@@ -41,10 +41,11 @@ __all__ = ["AdjointRule", "ImplicitArgmin", "LinearSystem", "Stationarity", "fin
 
 
 class ImplicitArgmin(Function):
-    """``apply(condition, x0, *tensors) -> (x, status, steps, residual, objective)``: solve F(x, tensors) = 0, differentiably.
+    """Solve F(x, tensors) = 0, differentiably.
 
-    `condition` is a `Condition` and holds no tensor; ``x0 [n]`` is only a start and gets no gradient. Only the first
-    output is differentiable. Works under backward of any order, forward-mode AD and every torch.func transform.
+    ``apply(condition, x0, *tensors) -> (x, status, steps, residual, objective)``. `condition` is a `Condition` and
+    holds no tensor; ``x0 [n]`` is only a start and gets no gradient. Only the first output is differentiable. Works
+    under backward of any order, forward-mode AD and every torch.func transform.
     """
 
     @staticmethod
@@ -61,7 +62,7 @@ class ImplicitArgmin(Function):
         ctx.save_for_forward(output[0], *inputs[2:])
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, v: Tensor, *_: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *tensors = ctx.saved_tensors
         condition: Condition = ctx.condition
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
@@ -78,7 +79,7 @@ class ImplicitArgmin(Function):
         return None, None, *grads
 
     @staticmethod
-    def jvp(ctx: Any, _condition: Any, _x0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+    def jvp(ctx: Any, _condition: Any, _x0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *tensors = (primal(t) for t in ctx.saved_tensors)
         condition: Condition = ctx.condition
         given = [i for i, t in enumerate(tangents) if t is not None]
@@ -92,7 +93,7 @@ class ImplicitArgmin(Function):
             return -_solve_linearized(condition, dF, x, tensors), None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], condition: Condition, x0: Tensor, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], condition: Condition, x0: Tensor, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         def front(t: Tensor, dim: int | None) -> Tensor:
             return t if dim is None else t.movedim(dim, 0)
 
@@ -282,7 +283,7 @@ class LinearSystem(Condition):
 
 
 def _over_lanes(t: Tensor, has: Sequence[bool], sizes: Sequence[int]) -> Tensor:
-    """Expand ``t [*some lanes, n]`` to all lanes; `has` goes from the innermost level out, `sizes` from the outermost in."""
+    """Expand ``t [*some lanes, n]`` to all lanes; `has` is innermost level first, `sizes` outermost first."""
     for dim, present in enumerate(reversed(has)):
         if not present:
             t = t.unsqueeze(dim)
@@ -290,7 +291,7 @@ def _over_lanes(t: Tensor, has: Sequence[bool], sizes: Sequence[int]) -> Tensor:
 
 
 def _share(product: Callable[[Tensor], Tensor], shared: Sequence[bool]) -> Callable[[Tensor], Tensor]:
-    """Map a product that knows only the other levels over the shared ones; `shared` goes from the innermost level out."""
+    """Map a product that knows only the other levels over the shared ones; `shared` is innermost level first."""
     for level, alone in enumerate(shared):
         if alone:
             # Shared levels further out are stripped by the maps around this one, so only the others stand before it.

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from implicitlayers.flat import Structure, Tree
 from implicitlayers.functorch import batched
+from implicitlayers.loop import dot
 from implicitlayers.problem import Lanes, Term
 from implicitlayers.status import MisuseError
 
@@ -100,16 +100,24 @@ class QuadraticTerm(Term):
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
         return params[0] * self._away(x, params)
 
+    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
+        away = batched(lambda z, *p: self._away(z, p), lanes)(x, *params)
+        residual = self._weights(x, params[0], lanes) * away
+        return dot(away, residual) / 2, residual
+
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         return params[0] * y
 
     def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
-        scale = batched(
-            lambda z, lam: lam * torch.ones_like(z[:1]) if lam.ndim == 0 else lam * 1,
-            tuple(level[:1] for level in lanes),
-        )
-        weights = scale(x, params[0])
+        weights = self._weights(x, params[0], lanes)
         return lambda y: weights * y
+
+    @staticmethod
+    def _weights(x: Tensor, lam: Tensor, lanes: Lanes) -> Tensor:
+        """λ on all lanes, broadcastable against x: ``[*lanes, 1]`` or ``[*lanes, n]``."""
+        return batched(lambda z, s: s.expand(z[:1].shape) if s.ndim == 0 else s, tuple(level[:1] for level in lanes))(
+            x, lam
+        )
 
     @staticmethod
     def _away(x: Tensor, params: Sequence[Tensor]) -> Tensor:

@@ -41,7 +41,7 @@ class Solver(Algorithm[Bound, S]):
         """The solution ``[*lanes, n]``, and the norm of F and the objective ``[*lanes]`` where last evaluated."""
 
     def resume(self, problem: Bound, state: S) -> S:
-        """The same state with what it holds of evaluations made anew under `problem`, so that derivatives reach them."""
+        """The same state, with its evaluations made anew under `problem` so that derivatives reach them."""
         return self.init(problem, self.postprocess(problem, state)[0])
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
-from implicitlayers.loop import Algorithm, check_tolerances, dot, iterate, norm, not_finite, per_lane
+from implicitlayers.loop import Algorithm, check_tolerances, dot, iterate, norm, not_finite
 from implicitlayers.status import RUNNING, Status
 
 __all__ = ["CG"]
@@ -94,40 +94,36 @@ class _ConjugateGradients(Algorithm[_System, _State]):
 
     def init(self, problem: _System, x: Tensor) -> _State:
         r = problem.b - problem.operator(x) if self.warm else problem.b
-        z = self._precondition(r)
-        residual = norm(r)
+        z, rz, residual = self._precondition(r)
         nan = torch.full_like(residual, torch.nan)
         steady = torch.zeros_like(residual, dtype=torch.int64)
-        return _State(x, r, z, dot(r, z), residual, residual, steady, nan, nan, torch.full_like(steady, RUNNING))
+        return _State(x, r, z, rz, residual, residual, steady, nan, nan, torch.full_like(steady, RUNNING))
 
     def step(self, problem: _System, state: _State) -> _State:
         x, r, p, rz = state.x, state.r, state.p, state.rz
         Ap = problem.operator(p)
-        pAp, pp = dot(p, Ap), dot(p, p)
+        pAp, pp, ApAp = dot(p, Ap), dot(p, p), dot(Ap, Ap)
         # p vanishes only together with r: the lane has converged, and a fixed number of steps carries it along unmoved.
         done = pp <= 0
         curvature = pAp / torch.where(done, torch.ones_like(pp), pp)
-        broken = self._breakdown(state, curvature, pAp, norm(Ap), pp, done)
+        broken = self._breakdown(state, curvature, pAp, (ApAp / torch.where(done, 1, pp)).sqrt(), done)
         moves = (broken == RUNNING) & ~done
-        alpha = torch.where(moves, rz / torch.where(moves, pAp, torch.ones_like(pAp)), torch.zeros_like(rz)).to(x.dtype)
-        # The operator's values in a broken lane may be NaN, and NaN times zero is NaN: mask before multiplying.
-        Ap = torch.where(per_lane(moves, Ap), Ap, torch.zeros_like(Ap))
-        x = x + alpha.unsqueeze(-1) * p
-        r = r - alpha.unsqueeze(-1) * Ap
-        z = self._precondition(r)
-        rz_next = torch.where(moves, dot(r, z), rz)
-        beta = torch.where(moves, rz_next / torch.where(moves, rz, torch.ones_like(rz)), torch.zeros_like(rz)).to(
-            x.dtype
-        )
-        p = torch.where(per_lane(moves, p), z + beta.unsqueeze(-1) * p, p)
-        residual = norm(r)
+        alpha = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype).unsqueeze(-1)
+        # In a broken lane alpha is zero and p finite, so x stays; r may become NaN there, and is of no further use.
+        x = torch.addcmul(x, alpha, p)
+        r = torch.addcmul(r, alpha, Ap, value=-1)
+        z, rz_next, residual = self._precondition(r)
+        beta = torch.where(moves, rz_next / torch.where(moves, rz, 1), 0).to(x.dtype).unsqueeze(-1)
+        p = torch.where(moves.unsqueeze(-1), torch.addcmul(z, beta, p), p)
         better = residual < 0.999 * state.best
         seen = ~done & torch.isfinite(curvature)
         curvature = curvature.to(x.dtype)
         return _State(
-            x, r, p, rz_next, residual,
+            x, r, p,
+            torch.where(moves, rz_next, rz),
+            torch.where(broken == RUNNING, residual, state.residual),
             torch.where(better, residual, state.best),
-            torch.where(better, torch.zeros_like(state.since_best), state.since_best + 1),
+            torch.where(better, 0, state.since_best + 1),
             torch.where(seen, torch.fmin(state.curvature_min, curvature), state.curvature_min),
             torch.where(seen, torch.fmax(state.curvature_max, curvature), state.curvature_max),
             broken,
@@ -136,7 +132,7 @@ class _ConjugateGradients(Algorithm[_System, _State]):
     def terminate(self, problem: _System, state: _State) -> Tensor:
         eps = torch.finfo(state.x.dtype).eps
         status = state.broken
-        # Beyond n steps exact arithmetic has ended; a residual that has not fallen for that long is held up by rounding.
+        # In exact arithmetic n steps are enough; a residual that has not fallen for as long is held up by rounding.
         patience = min(state.x.shape[-1], 200) + 20
         status = torch.where(
             (status == RUNNING) & (state.since_best > patience), torch.full_like(status, Status.STALLED), status
@@ -145,22 +141,23 @@ class _ConjugateGradients(Algorithm[_System, _State]):
         status = torch.where(state.residual <= tolerance, torch.full_like(status, Status.CONVERGED), status)
         return torch.where(not_finite(state.residual), torch.full_like(status, Status.NON_FINITE), status)
 
-    def _precondition(self, r: Tensor) -> Tensor:
-        return r if self.preconditioner is None else self.preconditioner(r)
+    def _precondition(self, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """M⁻¹ r, rᵀM⁻¹ r and ‖r‖; with the right-hand side scaled to norm one, squares do not underflow."""
+        rr = dot(r, r)
+        residual = rr.sqrt().to(r.dtype)
+        if self.preconditioner is None:
+            return r, rr, residual
+        z = self.preconditioner(r)
+        return z, dot(r, z), residual
 
-    def _breakdown(
-        self, state: _State, curvature: Tensor, pAp: Tensor, Ap_norm: Tensor, pp: Tensor, done: Tensor
-    ) -> Tensor:
+    def _breakdown(self, state: _State, curvature: Tensor, pAp: Tensor, stretch: Tensor, done: Tensor) -> Tensor:
+        """Status of the lanes in which p does not allow a step; `stretch` is ‖A p‖ / ‖p‖."""
         eps = torch.finfo(state.x.dtype).eps
-        scale = torch.fmax(torch.fmax(state.curvature_max.abs(), curvature.abs()), torch.zeros_like(curvature))
-        flat = (
-            (Ap_norm <= 8 * eps * scale * pp.sqrt())
-            | ((pAp <= 0) & (curvature.abs() <= 8 * eps * scale))
-            | (Ap_norm == 0)
-        )
-        found = torch.full_like(state.broken, RUNNING)
-        found = torch.where(pAp <= 0, torch.full_like(found, Status.INDEFINITE), found)
-        found = torch.where(flat, torch.full_like(found, Status.SINGULAR), found)
-        found = torch.where(not_finite(pAp, Ap_norm), torch.full_like(found, Status.NON_FINITE), found)
-        found = torch.where(done, torch.full_like(found, RUNNING), found)
+        # The largest curvature seen so far says what is zero to rounding.
+        scale = torch.fmax(state.curvature_max.abs(), curvature.abs())
+        flat = (stretch <= 8 * eps * scale) | ((pAp <= 0) & (curvature.abs() <= 8 * eps * scale))
+        found = torch.where(pAp <= 0, int(Status.INDEFINITE), torch.full_like(state.broken, RUNNING))
+        found = torch.where(flat, int(Status.SINGULAR), found)
+        found = torch.where(not_finite(pAp, stretch), int(Status.NON_FINITE), found)
+        found = torch.where(done, RUNNING, found)
         return torch.where(state.broken == RUNNING, found, state.broken)

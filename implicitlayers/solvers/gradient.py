@@ -28,7 +28,7 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True)
 class GradientDescent(Solver[_State]):
-    """Gradient descent with optional momentum, x ← x - lr·d with v ← momentum·v + F, d = v or F + momentum·v (Nesterov).
+    """Gradient descent, x ← x - lr·d with v ← momentum·v + F and d = v, or F + momentum·v (Nesterov).
 
     The update is that of `torch.optim.SGD`. Choose it for few, fixed steps on large problems (iMAML's inner loop), or
     where nothing is known; L-BFGS needs far fewer evaluations to reach a tolerance.
@@ -116,6 +116,7 @@ class GradientDescent(Solver[_State]):
 
     def _move(self, x: Tensor, F: Tensor, velocity: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if velocity is None:
-            return x - self.lr * F, None
+            return torch.add(x, F, alpha=-self.lr), None
         velocity = self.momentum * velocity + F
-        return x - self.lr * (F + self.momentum * velocity if self.nesterov else velocity), velocity
+        ahead = F + self.momentum * velocity if self.nesterov else velocity
+        return torch.add(x, ahead, alpha=-self.lr), velocity

@@ -25,7 +25,7 @@ class _Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class _Memory:
-    """The pairs, oldest first. No pytree: a finished lane has no further use for them, so the loop need not freeze them."""
+    """The pairs, oldest first. No pytree: finished lanes have no use for them, so the loop need not freeze them."""
 
     pairs: tuple[_Pair, ...] = ()
 
