@@ -20,6 +20,7 @@ from applications.imaml.config import (
     CurvatureName,
     DataName,
     InnerName,
+    ScheduleName,
     help_of,
 )
 from applications.imaml.episodes import SplitName
@@ -56,6 +57,7 @@ def train_command(
     damping: Annotated[float, _option("damping")] = Config.damping,
     batch_norm: Annotated[BatchNorm, _option("batch_norm")] = Config.batch_norm,
     meta_lr: Annotated[float, _option("meta_lr")] = Config.meta_lr,
+    schedule: Annotated[ScheduleName, _option("schedule")] = Config.schedule,
     meta_steps: Annotated[int, _option("meta_steps")] = Config.meta_steps,
     tasks: Annotated[int, _option("tasks")] = Config.tasks,
     device: Annotated[str, _option("device")] = Config.device,

@@ -13,6 +13,7 @@ from applications.imaml.checkpoint import write_atomically
 DataName = Literal["glyphs", "omniglot"]
 AlgorithmName = Literal["imaml", "fomaml"]
 InnerName = Literal["gradient", "hessian-free", "lbfgs"]
+ScheduleName = Literal["cosine", "constant"]
 CurvatureName = Literal["gauss-newton", "hessian"]
 BatchNorm = Literal["transductive", "support"]
 
@@ -21,6 +22,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": get_args(AlgorithmName),
     "inner": get_args(InnerName),
     "curvature": get_args(CurvatureName),
+    "schedule": get_args(ScheduleName),
     "batch_norm": get_args(BatchNorm),
 }
 _AT_LEAST_ONE = [
@@ -69,6 +71,7 @@ class Config:
     damping: float = _option(0.0, "added to that curvature, beyond lam")
     batch_norm: BatchNorm = _option("transductive", "statistics for query images: of the query batch, or the support's")
     meta_lr: float = _option(1e-3, "learning rate of Adam on the meta-parameters")
+    schedule: ScheduleName = _option("cosine", "of that rate: cosine (down to 0 at the last meta-step) or constant")
     meta_steps: int = _option(5000, "meta-steps after which training is complete")
     tasks: int = _option(16, "tasks of a meta-step")
     device: str = _option("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1, ...")

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import init
 
+from applications.imaml.convolution import convolve
+
 BLOCKS = 4
 FILTERS = 64
 SIDE = 28
@@ -28,7 +30,7 @@ Parameters = dict[str, Tensor]
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of the channels that one batch normalisation saw, each ``[1, FILTERS, 1, 1]``."""
+    """Mean and variance of the channels that one batch normalisation saw, each ``[FILTERS]``."""
 
     mean: Tensor
     variance: Tensor
@@ -48,7 +50,9 @@ def initialize(ways: int, channels: int, generator: torch.Generator) -> Paramete
     parameters: Parameters = {}
     for block in range(BLOCKS):
         weight = torch.empty(FILTERS, channels if block == 0 else FILTERS, 3, 3)
-        parameters[f"convolution{block}.weight"] = init.xavier_uniform_(weight, GAIN, generator)
+        drawn = init.xavier_uniform_(weight, GAIN, generator)
+        # Channels last: [height, width, in, out].
+        parameters[f"convolution{block}.weight"] = drawn.permute(2, 3, 1, 0).contiguous()
         parameters[f"convolution{block}.bias"] = torch.empty(FILTERS).uniform_(0, BIAS, generator=generator)
         parameters[f"normalization{block}.scale"] = torch.ones(FILTERS)
         parameters[f"normalization{block}.shift"] = torch.zeros(FILTERS)
@@ -94,30 +98,30 @@ def _apply(
             f"images has shape {list(images.shape)}, but the linear layer fits the features of {SIDE}x{SIDE} pixels "
             f"only; pass images resized to [batch, channels, {SIDE}, {SIDE}]."
         )
-    x = images
+    x = images.movedim(1, -1)
     seen: list[Statistics] = []
     for block in range(BLOCKS):
-        weight, bias = parameters[f"convolution{block}.weight"], parameters[f"convolution{block}.bias"]
-        x = F.conv2d(x, weight, bias, stride=2, padding=1)
-        seen.append(_statistics(x) if statistics is None else statistics[block])
+        x = convolve(x, parameters[f"convolution{block}.weight"], parameters[f"convolution{block}.bias"])
         scale, shift = parameters[f"normalization{block}.scale"], parameters[f"normalization{block}.shift"]
-        x = F.relu(_normalize(x, seen[-1], scale, shift))
+        if statistics is None:
+            centred, own = _centre(x)
+        else:
+            own = statistics[block]
+            centred = x - own.mean
+        seen.append(own)
+        x = F.relu(centred * (scale * torch.rsqrt(own.variance + EPSILON)) + shift)
         if block == 1:
-            x = F.pad(x, (0, 1, 0, 1))
+            x = F.pad(x, (0, 0, 0, 1, 0, 1))
     return F.linear(x.flatten(1), parameters["linear.weight"], parameters["linear.bias"]), seen
 
 
 # F.batch_norm, torch.var_mean and torch.mean all compute this, and under vmap, on a CPU, all take longer: the first
 # has a slow forward-mode derivative, the reduction of the second is not vectorised, and the derivative of the third
 # divides a tensor of the size of its input.
-def _statistics(x: Tensor) -> Statistics:
-    weight = 1.0 / (x.shape[0] * x.shape[2] * x.shape[3])
-    mean = x.sum((0, 2, 3), keepdim=True) * weight
+def _centre(x: Tensor) -> tuple[Tensor, Statistics]:
+    weight = 1.0 / (x.shape[0] * x.shape[1] * x.shape[2])
+    mean = x.sum((0, 1, 2)) * weight
     # Centred before it is squared: images are mostly paper, and with a mean far above the standard deviation
     # E[x²] - E[x]² would cancel in float32.
-    return Statistics(mean, (x - mean).square().sum((0, 2, 3), keepdim=True) * weight)
-
-
-def _normalize(x: Tensor, statistics: Statistics, scale: Tensor, shift: Tensor) -> Tensor:
-    factor = scale[:, None, None] * torch.rsqrt(statistics.variance + EPSILON)
-    return (x - statistics.mean) * factor + shift[:, None, None]
+    centred = x - mean
+    return centred, Statistics(mean, centred.square().sum((0, 1, 2)) * weight)

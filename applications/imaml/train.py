@@ -144,9 +144,18 @@ class _Run:
         outcome = self._meta_loss(self.theta, self._sampler.sample(self._config.tasks))
         self._optimizer.zero_grad()
         outcome.loss.backward()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._meta_lr()
         self._optimizer.step()
         self._meter.add(outcome)
         self.meta_step += 1
+
+    def _meta_lr(self) -> float:
+        """A pure function of the meta-step, so that a resumed run follows the same schedule."""
+        config = self._config
+        if config.schedule == "constant":
+            return config.meta_lr
+        return config.meta_lr * (1 + math.cos(math.pi * self.meta_step / config.meta_steps)) / 2
 
     def record(self) -> dict[str, float]:
         """Write a row of metrics."""
@@ -176,10 +185,10 @@ class _Run:
         state = self._optimizer.state_dict()["state"]
         for index, name in enumerate(self.theta):
             tensors |= {f"adam.{name}.{key}": value for key, value in state.get(index, {}).items()}
-        tensors["training_tasks"] = self._train_generator.get_state()
-        tensors["meter"] = self._meter.sums
         if not all(bool(value.isfinite().all()) for value in tensors.values()):
             raise RunError(f"the parameters are no longer finite at meta-step {self.meta_step}; {_CALMER}")
+        # Not checked: sums of what an algorithm doesn't have are NaN.
+        tensors |= {"training_tasks": self._train_generator.get_state(), "meter": self._meter.sums}
         self._tick()
         numbers = {
             "meta_step": self.meta_step,

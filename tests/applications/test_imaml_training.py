@@ -77,12 +77,14 @@ def test_a_run_leaves_settings_metrics_curve_and_one_checkpoint(whole):
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_three_steps_and_three_more_are_six(whole, tmp_path):
-    folder = tmp_path / "parts"
+@pytest.mark.parametrize("settings", [{}, {"algorithm": "fomaml"}, {"inner": "lbfgs", "batch_norm": "support"}])
+def test_three_steps_and_three_more_are_six(tmp_path, settings):
+    config = replace(SHORT, **settings)
     # Three steps end in the middle of a row of metrics, whose sums must be carried over.
-    assert train.train(replace(SHORT, meta_steps=3), folder, Limits(quiet=True)) == 3
-    assert train.train(SHORT, folder, Limits(quiet=True), resume=True) == 6
-    assert_same(folder, whole)
+    assert train.train(replace(config, meta_steps=3), tmp_path / "parts", Limits(quiet=True)) == 3
+    assert train.train(config, tmp_path / "parts", Limits(quiet=True), resume=True) == 6
+    assert train.train(config, tmp_path / "whole", Limits(quiet=True)) == 6
+    assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_time_limit_stops_cleanly_and_rows_behind_the_checkpoint_are_cut_off(whole, tmp_path):
