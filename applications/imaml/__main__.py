@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from applications.imaml.config import (
     ScheduleName,
     help_of,
 )
+from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.train import CONFIG, CURVE, METRICS, Limits, RunError, train
@@ -110,6 +112,20 @@ def evaluate_command(
         typer.echo(str(run / REPORT))
 
 
+@app.command("demo")
+def demo_command(
+    out: Annotated[
+        Path | None, typer.Option(help="folder to make; one in runs/ named after the time by default")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="time to train")] = 75,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
+) -> None:
+    """Train on generated characters for a minute, and compare accuracies on unseen ones before and after adaptation."""
+    with _explained():
+        folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+        typer.echo(str(demo(folder, seconds, quiet=quiet)))
+
+
 def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Config:
     """The settings of a saved run, with those changed that were given and may be."""
     typed = {}
@@ -117,8 +133,10 @@ def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Co
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE" and value != getattr(saved, name):
             typed[name] = value
+    # The cosine reaches zero at the last meta-step, so another last meta-step would be another schedule.
+    fixed = {"meta_steps"} if saved.schedule == "cosine" else set()
     for name, value in typed.items():
-        if name not in MUTABLE:
+        if name not in MUTABLE or name in fixed:
             raise ConfigError(
                 f"{name}={value!r} differs from the run's {getattr(saved, name)!r}, and a resumed run goes on as it "
                 f"began; leave the option out, or start a run in a new folder."

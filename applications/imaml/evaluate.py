@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from applications.datasets import ClassImages
 from applications.imaml import checkpoint
 from applications.imaml.algorithms import accuracy, adapt, query_logits
 from applications.imaml.checkpoint import write_atomically
@@ -103,9 +104,9 @@ class Evaluation:
     measured: Accuracies
 
     def row(self) -> dict[str, str | int | float]:
-        """The accuracy in percent, its 95 % interval 1.96 s/sqrt(tasks), and everything that they depend on."""
-        config, after = self.config, 100 * self.measured.after.double()
-        interval = NORMAL_95 * after.std().item() / math.sqrt(len(after))
+        """The accuracy in percent, its 95 % interval, and everything that they depend on."""
+        config = self.config
+        mean, interval = mean_and_interval(self.measured.after)
         return {
             "data": config.data,
             "split": f"{self.protocol.split}, {self.classes} classes",
@@ -121,10 +122,10 @@ class Evaluation:
             "meta_step": self.meta_step,
             "training_seed": config.seed,
             "split_seed": config.split_seed,
-            "tasks": len(after),
+            "tasks": self.protocol.tasks,
             "task_seed": self.protocol.seed,
             "before": 100 * self.measured.before.double().mean().item(),
-            "accuracy": after.mean().item(),
+            "accuracy": mean,
             "interval": interval,
         }
 
@@ -170,15 +171,83 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
         OSError: if the dataset cannot be read.
         ValueError: if it is damaged, or too small for these tasks.
     """
-    config = replace(config, batch_norm=protocol.batch_norm or config.batch_norm)
-    saved = checkpoint.load(folder)
     device = use(config)
+    network = load_network(folder, device)
+    return measure(config, network, load_splits(config, device)[protocol.split], protocol)
+
+
+class Network(NamedTuple):
+    """A trained network: its meta-parameters, and the meta-steps that led to them."""
+
+    theta: Parameters
+    meta_step: int
+
+
+def load_network(folder: Path, device: torch.device) -> Network:
+    """Read the network of a run's last checkpoint.
+
+    Args:
+        folder: of the run.
+        device: where it is wanted.
+
+    Returns:
+        The network.
+
+    Raises:
+        CheckpointError: if there is no checkpoint to read.
+    """
+    tensors, numbers = checkpoint.load(folder)
     prefix = "theta."
-    theta = {
-        name.removeprefix(prefix): value.to(device) for name, value in saved.tensors.items() if name.startswith(prefix)
-    }
-    dataset = load_splits(config, device)[protocol.split]
-    generator = generator_for(protocol.seed, f"{protocol.split} tasks", device)
-    sampler = TaskSampler(dataset, config.ways, config.shots, config.queries, generator)
-    measured = accuracies(theta, sampler, config, protocol.tasks)
-    return Evaluation(config, protocol, dataset.classes, saved.numbers["meta_step"], measured)
+    theta = {name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
+    return Network(theta, numbers["meta_step"])
+
+
+def measure(config: Config, network: Network, dataset: ClassImages, protocol: Protocol) -> Evaluation:
+    """Measure the accuracy of a network.
+
+    Args:
+        config: of the run that it comes from.
+        network: what to measure.
+        dataset: the classes of the protocol's split.
+        protocol: how to measure.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ValueError: if the dataset is too small for these tasks.
+    """
+    config = replace(config, batch_norm=protocol.batch_norm or config.batch_norm)
+    measured = accuracies(network.theta, sampler_for(config, dataset, protocol), config, protocol.tasks)
+    return Evaluation(config, protocol, dataset.classes, network.meta_step, measured)
+
+
+def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> TaskSampler:
+    """Draws the tasks of a protocol, the same ones whenever it is made anew.
+
+    Args:
+        config: ways, shots and queries.
+        dataset: the classes of the protocol's split.
+        protocol: its split and seed.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        ValueError: if the dataset is too small for these tasks.
+    """
+    generator = generator_for(protocol.seed, f"{protocol.split} tasks", dataset.images.device)
+    return TaskSampler(dataset, config.ways, config.shots, config.queries, generator)
+
+
+def mean_and_interval(fractions: Tensor) -> tuple[float, float]:
+    """Mean and 95 % interval, 1.96 s/sqrt(tasks) with s the standard deviation over tasks.
+
+    Args:
+        fractions: one accuracy a task, between 0 and 1, ``[tasks]``.
+
+    Returns:
+        Both in percent.
+    """
+    percent = 100 * fractions.double()
+    return percent.mean().item(), NORMAL_95 * percent.std().item() / math.sqrt(len(percent))

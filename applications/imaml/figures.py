@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from applications.imaml.config import Config
+from applications.imaml.episodes import Tasks
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; line styles tell them apart without any colour.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -41,3 +44,47 @@ def draw_curve(metrics: dict[str, list[float]], config: Config, path: Path) -> N
         axes.legend()
     figure.suptitle(f"{config.data}, {config.ways}-way {config.shots}-shot, {config.algorithm}, {config.inner}")
     figure.savefig(path, dpi=130)
+
+
+def draw_tasks(tasks: Tasks, answers: Tensor, path: Path) -> None:
+    """Draw tasks, one a row: support images with their labels, query images with the answers given.
+
+    A wrong answer has a cross, a dashed frame and the right answer beside it; a right one a tick and a solid frame.
+
+    Args:
+        tasks: a few, with labels below 26.
+        answers: labels given to the query images, ``[tasks, ways * queries]``.
+        path: PNG to write.
+    """
+    rows, supports, queries = len(answers), tasks.support_images.shape[1], tasks.query_images.shape[1]
+    figure = Figure(figsize=(1.1 * (supports + queries) + 0.6, 1.35 * rows + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subfigures(1, 2, width_ratios=(supports, queries), wspace=0.05)
+    left.suptitle("support images: learnt from")
+    right.suptitle("query images: answers")
+    left_axes = left.subplots(rows, supports, squeeze=False)
+    right_axes = right.subplots(rows, queries, squeeze=False)
+    for row in range(rows):
+        for column in range(supports):
+            label = _letter(int(tasks.support_labels[row, column]))
+            _draw_image(left_axes[row, column], tasks.support_images[row, column], label)
+        for column in range(queries):
+            answer, truth = int(answers[row, column]), int(tasks.query_labels[row, column])
+            is_right = answer == truth
+            title = f"{_letter(answer)} \u2713" if is_right else f"{_letter(answer)} \u2717 ({_letter(truth)})"
+            axes = right_axes[row, column]
+            _draw_image(axes, tasks.query_images[row, column], title)
+            axes.title.set_color(BLUE if is_right else ORANGE)
+            for spine in axes.spines.values():
+                spine.set(color=BLUE if is_right else ORANGE, linewidth=2, linestyle="-" if is_right else (0, (2, 2)))
+    figure.savefig(path, dpi=110)
+
+
+def _draw_image(axes: Axes, image: Tensor, title: str) -> None:
+    axes.imshow(image.mean(0).cpu(), cmap="gray", vmin=0, vmax=1)
+    axes.set_title(title, fontsize=11)
+    axes.set(xticks=[], yticks=[])
+
+
+def _letter(label: int) -> str:
+    return chr(ord("A") + label)

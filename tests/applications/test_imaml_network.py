@@ -43,11 +43,14 @@ def reference(parameters):
         normalization = nn.BatchNorm2d(64, eps=EPSILON)
         for module, one, other in ((convolution, "weight", "bias"), (normalization, "scale", "shift")):
             name = "convolution" if module is convolution else "normalization"
-            module.weight.data = parameters[f"{name}{block}.{one}"]
+            weight = parameters[f"{name}{block}.{one}"]
+            # Channels last here, [height, width, in, out]; channels first there.
+            module.weight.data = weight.permute(3, 2, 0, 1) if module is convolution else weight
             module.bias.data = parameters[f"{name}{block}.{other}"]
         layers += [convolution, normalization, nn.ReLU(), *([nn.ZeroPad2d((0, 1, 0, 1))] if block == 1 else [])]
     linear = nn.Linear(256, 5)
-    linear.weight.data, linear.bias.data = parameters["linear.weight"], parameters["linear.bias"]
+    features = parameters["linear.weight"].reshape(5, 2, 2, 64).permute(0, 3, 1, 2).reshape(5, 256)
+    linear.weight.data, linear.bias.data = features, parameters["linear.bias"]
     return nn.Sequential(*layers, nn.Flatten(), linear).double()
 
 

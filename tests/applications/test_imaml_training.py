@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHORT = Config(
     *("glyphs", None, 3),
     tasks=2, meta_steps=6, inner_steps=2, cg_steps=2, log_every=2, checkpoint_every=100, validate_every=4,
-    validation_tasks=3, device="cpu",
+    validation_tasks=3, device="cpu", schedule="constant",
 )  # fmt: skip
 SIZES = {"glyphs": {"train": 6, "validation": 3, "test": 5}}
 CLOCK = ("seconds", "tasks_per_second")
