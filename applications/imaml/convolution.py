@@ -1,10 +1,10 @@
-"""3x3 convolution with stride 2 as one matrix product for each task, for networks whose weights differ from task to task.
+"""3x3 convolution with stride 2 as a matrix product, for networks whose weights differ from task to task.
 
 Mapped over tasks, `F.conv2d` becomes a grouped convolution, whose kernels are slow where it matters: on a CPU the
-derivative with respect to the input reaches a quarter of the speed of its forward, and one input channel a twentieth.
-Gathering the windows and multiplying matrices, channels last, takes two thirds of the time on a CPU in one thread. PyTorch's own scatter
-of windows (the derivative of `Tensor.unfold`) would eat that up again, so the gather and the scatter, which are each
-other's transposes, are written here as a pair.
+derivative with respect to the input reaches a quarter of the forward's speed, and one input channel a twentieth.
+Gathering the windows and multiplying matrices, channels last, takes two thirds of the time in one thread. PyTorch's own
+scatter of windows (the derivative of `Tensor.unfold`) would eat that up again, so the gather and the scatter, which are
+each other's transposes, are written here as a pair.
 """
 
 from __future__ import annotations

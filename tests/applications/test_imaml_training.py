@@ -133,6 +133,7 @@ def test_killed_then_interrupted_then_finished_is_as_if_nothing_had_happened(tmp
     options = (
         *("--ways", "3", "--tasks", "2", "--inner-steps", "2", "--cg-steps", "2", "--log-every", "2"),
         *("--validate-every", "4", "--validation-tasks", "3", "--device", "cpu", "--threads", "1"),
+        *("--schedule", "constant"),
     )
     folder = tmp_path / "run"
     process = spawn(folder, *options, "--checkpoint-every", "1", "--meta-steps", "100000")
