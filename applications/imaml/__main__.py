@@ -117,7 +117,7 @@ def demo_command(
     out: Annotated[
         Path | None, typer.Option(help="folder to make; one in runs/ named after the time by default")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="time to train")] = 75,
+    seconds: Annotated[float, typer.Option(min=1, help="stop training after this time")] = 120,
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
 ) -> None:
     """Train on generated characters for a minute, and compare accuracies on unseen ones before and after adaptation."""

@@ -35,7 +35,8 @@ class Outcome:
         loss: mean query loss of the tasks, 0-d; its gradient is the meta-gradient.
         query_loss: mean cross-entropy of each task's query images after adaptation, in nats, ``[tasks]``.
         query_accuracy: fraction of them classified rightly, ``[tasks]``.
-        support_loss: the same as ``query_loss`` for the support images, without the proximal term.
+        support_loss: the regularized loss of the support images where the inner solver last evaluated it, which with a
+            fixed number of steps is before the last one.
         solution: how the inner solve went, one lane a task, without its value; its ``adjoint`` is filled once
             ``loss`` has been differentiated, if the algorithm solves a linear system.
     """
@@ -164,11 +165,9 @@ def _over_tasks(judge: Callable[[Parameters, Tasks], _Judged]) -> MetaLoss:
 
 def _judge(solution: il.Solution, phi: Parameters, task: Tasks, config: Config) -> _Judged:
     logits = query_logits(phi, task, config.batch_norm)
-    with torch.no_grad():
-        support_loss = F.cross_entropy(forward(phi, task.support_images), task.support_labels)
     # The record needs how the solve went, not what it found; and vmap lets only tensors out, so no None either.
     report = replace(solution, value=(), aux=())
-    return F.cross_entropy(logits, task.query_labels), accuracy(logits, task.query_labels), support_loss, report
+    return F.cross_entropy(logits, task.query_labels), accuracy(logits, task.query_labels), solution.stats.objective, report
 
 
 def _logits(phi: Parameters, images: Tensor, labels: Tensor) -> Tensor:

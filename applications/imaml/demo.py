@@ -20,7 +20,9 @@ from applications.imaml.train import CURVE, Limits, train
 TASKS_PICTURE = "tasks.png"
 PICTURED = 6
 # Settings for a minute rather than an hour: fewer tasks and adjoint steps in a meta-step, larger meta-steps.
-CONFIG = Config(tasks=8, cg_steps=2, meta_lr=3e-3, log_every=20, validate_every=100, validation_tasks=100)
+CONFIG = Config(
+    meta_steps=240, tasks=8, cg_steps=2, meta_lr=3e-3, log_every=20, validate_every=80, validation_tasks=100
+)
 PROTOCOL = Protocol(tasks=200)
 
 
@@ -56,12 +58,12 @@ class Comparison:
         return "\n".join([*lines, *(str(file) for file in self.files)])
 
 
-def demo(out: Path, seconds: float, *, quiet: bool = False) -> Comparison:
-    """Train for a while, then compare accuracies on unseen classes and draw some tasks.
+def demo(out: Path, seconds: float | None = None, *, quiet: bool = False) -> Comparison:
+    """Train for about a minute, then compare accuracies on unseen classes and draw some tasks.
 
     Args:
         out: folder to make.
-        seconds: time to train.
+        seconds: stop training after this time, wherever it is; None for no limit.
         quiet: show no progress.
 
     Returns:

@@ -59,7 +59,7 @@ def draw_tasks(tasks: Tasks, answers: Tensor, path: Path) -> None:
     rows, supports, queries = len(answers), tasks.support_images.shape[1], tasks.query_images.shape[1]
     figure = Figure(figsize=(1.1 * (supports + queries) + 0.6, 1.35 * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=(supports, queries), wspace=0.05)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(supports, queries), wspace=0.05)[0]
     left.suptitle("support images: learnt from")
     right.suptitle("query images: answers")
     left_axes = left.subplots(rows, supports, squeeze=False)

@@ -31,24 +31,20 @@ class Display:
     Args:
         total: meta-steps in all.
         done: meta-steps done before.
+        tasks: tasks of each meta-step.
+        limit: seconds after which training stops; None for no limit.
         quiet: whether to show nothing.
     """
 
-    def __init__(self, total: int, done: int, quiet: bool) -> None:
-        self._total, self._first, self._quiet = total, done, quiet
+    def __init__(self, total: int, done: int, tasks: int, limit: float | None, quiet: bool) -> None:
+        self._total, self._first, self._tasks, self._limit, self._quiet = total, done, tasks, limit, quiet
         self._start = time.monotonic()
-        self._console = Console()
         self._bar: Progress | None = None
-        self._bar_task: TaskID | None = None
-        if not quiet and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("meta-step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[rate]}"),
-                console=self._console,
-            )
+        self._bar_task = TaskID(0)
+        console = Console()
+        if not quiet and console.is_terminal:
+            columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[rate]}"))
+            self._bar = Progress(TextColumn("meta-step"), *columns, console=console)
             self._bar_task = self._bar.add_task("training", total=total, completed=done, rate="")
 
     def __enter__(self) -> Display:
@@ -62,32 +58,35 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, meta_step: int, tasks: int) -> None:
+    def step(self, meta_step: int) -> None:
         """Move the bar.
 
         Args:
             meta_step: meta-steps done.
-            tasks: tasks of each.
         """
-        if self._bar is not None and self._bar_task is not None:
-            self._bar.update(self._bar_task, completed=meta_step, rate=self._rate(meta_step, tasks))
+        if self._bar is not None:
+            self._bar.update(self._bar_task, completed=meta_step, rate=self._rate(meta_step))
 
-    def row(self, row: dict[str, float], tasks: int) -> None:
+    def row(self, row: dict[str, float]) -> None:
         """Tell a row of metrics.
 
         Args:
             row: as written to metrics.csv.
-            tasks: tasks of each meta-step.
         """
-        if self._quiet:
-            return
         step = int(row["meta_step"])
         text = f"{step}/{self._total}  query loss {row['query_loss']:.3f}  accuracy {100 * row['query_accuracy']:.1f} %"
         if not math.isnan(row["validation_accuracy"]):
             text += f"  validation {100 * row['validation_accuracy']:.1f} %"
-        self._console.print(text if self._bar is not None else f"{text}  {self._rate(step, tasks)}", highlight=False)
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        elif not self._quiet:
+            # Not by the console, which would break the lines of a log file; flushed, since someone may be following.
+            print(f"{text}  {self._rate(step)}", flush=True)
 
-    def _rate(self, meta_step: int, tasks: int) -> str:
-        per_step = (time.monotonic() - self._start) / max(1, meta_step - self._first)
-        left = describe_seconds(per_step * (self._total - meta_step))
-        return f"{tasks / max(per_step, 1e-9):.1f} tasks/s, {left} left"
+    def _rate(self, meta_step: int) -> str:
+        elapsed = time.monotonic() - self._start
+        per_step = elapsed / max(1, meta_step - self._first)
+        left = per_step * (self._total - meta_step)
+        if self._limit is not None:
+            left = max(0.0, min(left, self._limit - elapsed))
+        return f"{self._tasks / max(per_step, 1e-9):.1f} tasks/s, {describe_seconds(left)} left"

@@ -90,12 +90,13 @@ def train(config: Config, out: Path, limits: Limits, *, resume: bool = False) ->
     """
     run = _Run(config, out, resume)
     begun = time.monotonic()
-    with _interruptions() as interrupted, Display(config.meta_steps, run.meta_step, limits.quiet) as display:
+    display = Display(config.meta_steps, run.meta_step, config.tasks, limits.seconds, limits.quiet)
+    with _interruptions() as interrupted, display:
         while run.meta_step < config.meta_steps:
             run.step()
-            display.step(run.meta_step, config.tasks)
+            display.step(run.meta_step)
             if run.meta_step % config.log_every == 0:
-                display.row(run.record(), config.tasks)
+                display.row(run.record())
             late = limits.seconds is not None and time.monotonic() - begun >= limits.seconds
             stop = late or interrupted.is_set()
             if stop or run.meta_step % config.checkpoint_every == 0 or run.meta_step == config.meta_steps:
