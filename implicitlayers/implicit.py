@@ -33,7 +33,7 @@ from implicitlayers.functorch import batched, forward_ad_enabled, primal, pullba
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.loop import Finished, iterate
-from implicitlayers.problem import Bound, Condition, Lanes, ObjectiveTerm, Outcome, Term, select
+from implicitlayers.problem import Bound, Condition, Lanes, ObjectiveTerm, Outcome, Term, aligned, select
 from implicitlayers.solver import Solver
 from implicitlayers.status import AdjointError, AdjointReport, AdjointWarning, Policy, describe_failures, failed
 
@@ -197,9 +197,16 @@ class _ProductTerm(Term):
         return self.base.product(y, *params)
 
     def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Any:
+        return self.base.linearize(*self._at_base(x, params, lanes))
+
+    def diagonal(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Tensor | None:
+        return self.base.diagonal(*self._at_base(x, params, lanes))
+
+    @staticmethod
+    def _at_base(x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Sequence[Tensor], Lanes]:
         # Linear in u: its own linearization is the base's at the base's point, which may lack lanes that u has.
-        at = _over_lanes(params[0], [level[0] is not None for level in lanes], x.shape[:-1])
-        return self.base.linearize(at, params[1:], tuple(level[1:] for level in lanes))
+        point = _over_lanes(params[0], [level[0] for level in lanes], x.shape[:-1])
+        return point, params[1:], tuple(level[1:] for level in lanes)
 
 
 @dataclass(frozen=True)
@@ -237,12 +244,12 @@ class LinearSystem(Condition):
 
     def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> Outcome:
         v, x, rest = tensors[0], tensors[1], tuple(tensors[2:])
-        v = _over_lanes(v, [level[0] is not None for level in self.lanes], x0.shape[:-1])
+        v = _over_lanes(v, [level[0] for level in self.lanes], x0.shape[:-1])
         # In a level where only the cotangent has a lane (the rows of a Jacobian) one linearization serves all lanes.
         shared = [all(dim is None for dim in level[1:]) for level in self.lanes]
         sizes = [size for size, alone in zip(x0.shape[:-1], reversed(shared), strict=True) if not alone]
         own = tuple(level for level, alone in zip(self.lanes, shared, strict=True) if not alone)
-        x = _over_lanes(x, [level[1] is not None for level in own], sizes)
+        x = _over_lanes(x, [level[1] for level in own], sizes)
         product = Bound(self.base, rest, tuple(level[2:] for level in own)).linearize(x, self.rule.damping)
         operator = Operator(_share(product, shared), symmetric=True)
         solution = self.rule.linear_solver.solve(operator, v)
@@ -282,12 +289,9 @@ class LinearSystem(Condition):
         return solution.x
 
 
-def _over_lanes(t: Tensor, has: Sequence[bool], sizes: Sequence[int]) -> Tensor:
+def _over_lanes(t: Tensor, has: Sequence[int | None], sizes: Sequence[int]) -> Tensor:
     """Expand ``t [*some lanes, n]`` to all lanes; `has` is innermost level first, `sizes` outermost first."""
-    for dim, present in enumerate(reversed(has)):
-        if not present:
-            t = t.unsqueeze(dim)
-    return t.expand(*sizes, t.shape[-1])
+    return aligned(t, has).expand(*sizes, t.shape[-1])
 
 
 def _share(product: Callable[[Tensor], Tensor], shared: Sequence[bool]) -> Callable[[Tensor], Tensor]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils import _pytree as pytree
 
-from implicitlayers.functorch import batched, pullback, pushforward
+from implicitlayers.functorch import batched, is_wrapped, pullback, pushforward
 
-__all__ = ["Bound", "Composite", "Condition", "Lanes", "ObjectiveTerm", "Outcome", "Term", "select"]
+__all__ = ["Bound", "Composite", "Condition", "Lanes", "ObjectiveTerm", "Outcome", "Term", "aligned", "select"]
 
 Lanes = tuple[tuple[int | None, ...], ...]
 """One entry a vmap level, the innermost first: for every tensor, 0 where it has that lane dimension, None where not."""
@@ -84,9 +84,15 @@ class Term(ABC):
     def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
         """Return y ↦ (∂residual/∂x) y on all lanes, with everything that does not depend on y computed once."""
 
-    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
-        """Both on all lanes: ``[*lanes]`` and ``[*lanes, n]``."""
-        return batched(self.value, lanes)(x, *params), batched(self.residual, lanes)(x, *params)
+    def diagonal(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Tensor | None:
+        """The diagonal ``[*lanes, n or 1]`` of ∂residual/∂x where that is a diagonal matrix, else None."""
+        return None
+
+    def accumulate(
+        self, value: Tensor, F: Tensor, x: Tensor, params: Sequence[Tensor], lanes: Lanes
+    ) -> tuple[Tensor, Tensor]:
+        """Add the value and the residual on all lanes to ``value [*lanes]`` and ``F [*lanes, n]``."""
+        return value + batched(self.value, lanes)(x, *params), F + batched(self.residual, lanes)(x, *params)
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,27 @@ class ObjectiveTerm(Term):
         return grad(self.fn)(x, *params)
 
     def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
+        """Objective ``[*lanes]`` and its gradient ``[*lanes, n]``."""
         # Lanes are independent, so the gradient of all their values is pulled back at once: one transform less on every
         # operation than mapping a gradient over the lanes.
         fn = batched(self.fn, lanes)
-        value, pull = pullback(lambda z: fn(z, *params), x)
-        return value, pull(torch.ones_like(value))[0]
+        if torch.is_grad_enabled() or is_wrapped(x):
+            value, pull = pullback(lambda z: fn(z, *params), x)
+            return value, pull(torch.ones_like(value))[0]
+        # Nothing is recorded here, so PyTorch's own tape will do; it costs half of what a transform costs in Python.
+        z, given = x.detach().requires_grad_(), [p.detach() for p in params]
+        with torch.enable_grad():
+            value = fn(z, *given)
+            total = value.sum()
+        # A constant objective has no tape; its gradient is zero.
+        gradient = torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(x)
+        return value.detach(), gradient
+
+    def accumulate(
+        self, value: Tensor, F: Tensor, x: Tensor, params: Sequence[Tensor], lanes: Lanes
+    ) -> tuple[Tensor, Tensor]:
+        own_value, own_residual = self.value_and_residual(x, params, lanes)
+        return value + own_value, F + own_residual
 
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         if not self.gauss_newton:
@@ -147,6 +169,14 @@ class ObjectiveTerm(Term):
         _, push = pullback(lambda w: pull(w)[0], pytree.tree_map(torch.zeros_like, z))
         _, curve = pullback(lambda o: loss_gradient(o, *params), z)
         return lambda y: pull(curve(push(y)[0])[0])[0]
+
+
+def aligned(t: Tensor, has: Sequence[int | None]) -> Tensor:
+    """Give ``t [*some lanes, ...]`` a dimension of size one for every lane it lacks; `has` is innermost level first."""
+    for dim, present in enumerate(reversed(has)):
+        if present is None:
+            t = t.unsqueeze(dim)
+    return t
 
 
 def select(tensors: Sequence[Tensor], lanes: Lanes, slots: Sequence[int]) -> tuple[list[Tensor], Lanes]:
@@ -191,13 +221,15 @@ class Bound:
 
     def value_and_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective ``[*lanes]`` and F ``[*lanes, n]`` at x."""
-        value, residual = None, None
-        for term in self.terms:
-            term_value, term_residual = term.value_and_residual(x, *select(self.tensors, self.lanes, term.slots))
-            value = term_value if value is None else value + term_value
-            residual = term_residual if residual is None else residual + term_residual
-        assert value is not None and residual is not None
-        return value, residual
+        first, *rest = self.terms
+        params, lanes = select(self.tensors, self.lanes, first.slots)
+        if isinstance(first, ObjectiveTerm):
+            value, F = first.value_and_residual(x, params, lanes)
+        else:
+            value, F = first.accumulate(torch.zeros_like(x[..., 0]), torch.zeros_like(x), x, params, lanes)
+        for term in rest:
+            value, F = term.accumulate(value, F, x, *select(self.tensors, self.lanes, term.slots))
+        return value, F
 
     def value(self, x: Tensor) -> Tensor:
         """Objective ``[*lanes]`` at x."""
@@ -209,12 +241,22 @@ class Bound:
 
     def linearize(self, x: Tensor, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
         """Return y ↦ A y with A = ∂F/∂x + damping·I at x; what does not depend on y is computed once."""
-        products = [term.linearize(x, *select(self.tensors, self.lanes, term.slots)) for term in self.terms]
+        products, diagonal = [], x.new_tensor(damping)
+        for term in self.terms:
+            params, lanes = select(self.tensors, self.lanes, term.slots)
+            own = term.diagonal(x, params, lanes)
+            if own is None:
+                products.append(term.linearize(x, params, lanes))
+            else:
+                diagonal = diagonal + own
 
         def apply(y: Tensor) -> Tensor:
+            if not products:
+                return diagonal * y
             out = products[0](y)
             for product in products[1:]:
                 out = out + product(y)
-            return out + damping * y if damping else out
+            return torch.addcmul(out, diagonal, y) if plus_diagonal else out
 
+        plus_diagonal = bool(damping) or len(products) < len(self.terms)
         return apply

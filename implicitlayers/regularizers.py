@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from implicitlayers.flat import Structure, Tree
-from implicitlayers.functorch import batched
 from implicitlayers.loop import dot
-from implicitlayers.problem import Lanes, Term
+from implicitlayers.problem import Lanes, Term, aligned
 from implicitlayers.status import MisuseError
 
 __all__ = ["Proximal", "Regularizer", "Ridge", "Sum"]
@@ -100,24 +100,28 @@ class QuadraticTerm(Term):
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
         return params[0] * self._away(x, params)
 
-    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
-        away = batched(lambda z, *p: self._away(z, p), lanes)(x, *params)
-        residual = self._weights(x, params[0], lanes) * away
-        return dot(away, residual) / 2, residual
+    def accumulate(
+        self, value: Tensor, F: Tensor, x: Tensor, params: Sequence[Tensor], lanes: Lanes
+    ) -> tuple[Tensor, Tensor]:
+        away = x if len(params) == 1 else x - aligned(params[1], [level[1] for level in lanes])
+        weights = self.diagonal(x, params, lanes)
+        if weights.shape[-1] == 1:
+            return value + weights.squeeze(-1) * dot(away, away) / 2, torch.addcmul(F, weights, away)
+        pull = weights * away
+        return value + dot(away, pull) / 2, F + pull
 
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         return params[0] * y
 
     def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
-        weights = self._weights(x, params[0], lanes)
+        weights = self.diagonal(x, params, lanes)
         return lambda y: weights * y
 
-    @staticmethod
-    def _weights(x: Tensor, lam: Tensor, lanes: Lanes) -> Tensor:
-        """λ on all lanes, broadcastable against x: ``[*lanes, 1]`` or ``[*lanes, n]``."""
-        return batched(lambda z, s: s.expand(z[:1].shape) if s.ndim == 0 else s, tuple(level[:1] for level in lanes))(
-            x, lam
-        )
+    def diagonal(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Tensor:
+        has = [level[0] for level in lanes]
+        scalar = params[0].ndim == len(has) - has.count(None)
+        weights = aligned(params[0].unsqueeze(-1) if scalar else params[0], has)
+        return weights.expand(*x.shape[:-1], weights.shape[-1])
 
     @staticmethod
     def _away(x: Tensor, params: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks: one file a question, each a plain function that returns a table."""
