@@ -14,8 +14,11 @@ NEWTON = il.Newton(il.CG(rtol=1e-11), **TIGHT)
 THETA = normal(3, seed=1)
 BACKENDS = ["eager", "aot_eager"]
 
-# The compiler itself uses functions that PyTorch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# The compiler itself uses functions that PyTorch deprecates, and asks tensors after a graph break for their gradient.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
