@@ -167,7 +167,12 @@ def _judge(solution: il.Solution, phi: Parameters, task: Tasks, config: Config) 
     logits = query_logits(phi, task, config.batch_norm)
     # The record needs how the solve went, not what it found; and vmap lets only tensors out, so no None either.
     report = replace(solution, value=(), aux=())
-    return F.cross_entropy(logits, task.query_labels), accuracy(logits, task.query_labels), solution.stats.objective, report
+    return (
+        F.cross_entropy(logits, task.query_labels),
+        accuracy(logits, task.query_labels),
+        solution.stats.objective,
+        report,
+    )
 
 
 def _logits(phi: Parameters, images: Tensor, labels: Tensor) -> Tensor:

@@ -36,13 +36,15 @@ def draw_curve(metrics: dict[str, list[float]], config: Config, path: Path) -> N
         accuracy.plot(*zip(*validated, strict=True), "o--", color=ORANGE, label="validation classes, unseen")
     accuracy.axhline(100 / config.ways, color="grey", linestyle=":", label="chance")
     accuracy.set(xlabel="meta-step", ylabel="query accuracy (%)", ylim=(0, 101))
-    loss.plot(steps, metrics["query_loss"], color=BLUE, label="query images")
-    loss.plot(steps, metrics["support_loss"], "--", color=GREEN, label="support images")
-    loss.set(xlabel="meta-step", ylabel="cross-entropy after adaptation (nats)", yscale="log")
+    loss.plot(steps, metrics["query_loss"], color=BLUE, label="query images, adapted")
+    loss.plot(steps, metrics["support_loss"], "--", color=GREEN, label="support images, with proximal term")
+    loss.set(xlabel="meta-step", ylabel="cross-entropy (nats)", yscale="log")
     for axes in (accuracy, loss):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"{config.data}, {config.ways}-way {config.shots}-shot, {config.algorithm}, {config.inner}")
+    figure.suptitle(
+        f"{config.data}: {config.ways}-way {config.shots}-shot, {config.algorithm}, inner solver {config.inner}"
+    )
     figure.savefig(path, dpi=130)
 
 

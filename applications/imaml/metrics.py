@@ -19,9 +19,10 @@ GATHERED = (
     "adjoint_residual",
     "negative_curvature",
 )
-"""Means over the tasks of a row: query and support cross-entropy after adaptation; fraction of right answers; norm of
-the gradient of the inner objective before its last step; residual of the adjoint's linear system relative to its
-right-hand side; fraction of tasks in which that system met a direction of non-positive curvature."""
+"""Means over the tasks of a row: cross-entropy of the query images after adaptation, and fraction of right answers;
+inner objective (cross-entropy of the support images and proximal term) and norm of its gradient, where the inner solver
+last evaluated them; residual of the adjoint's linear system relative to its right-hand side; fraction of tasks in which
+that system met a direction of non-positive curvature."""
 
 COLUMNS = ("meta_step", *GATHERED, "validation_accuracy", "seconds", "tasks_per_second")
 """Columns of metrics.csv; ``seconds`` is the time spent training, over all resumptions."""

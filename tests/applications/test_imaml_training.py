@@ -19,6 +19,8 @@ from applications.datasets import ClassImages
 from applications.imaml import __main__ as command
 from applications.imaml import checkpoint, episodes, train
 from applications.imaml.config import Config
+from applications.imaml.evaluate import load_network
+from applications.imaml.network import batch_statistics, forward
 from applications.imaml.train import Limits, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,6 +232,13 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
         *("7 tasks, seed 5", f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"),
     ):
         assert stated in result.stdout
+    theta = load_network(whole, torch.device("cpu")).theta
+    splits = episodes.load_splits(SHORT, torch.device("cpu"))
+    sampler = episodes.TaskSampler(splits["test"], 3, 1, 1, episodes.generator_for(5, "test tasks"))
+    first = episodes.Tasks(*(part[0] for part in sampler.sample(SHORT.tasks)))
+    statistics = batch_statistics(theta, first.support_images)
+    unadapted = forward(theta, first.query_images, statistics).argmax(-1) == first.query_labels
+    assert report["accuracies_before"][0] == unadapted.float().mean().item()
     again = run_command("evaluate", whole, "--tasks", "7", "--batch-norm", "support", "--seed", "5")
     assert json.loads((whole / "evaluation.json").read_text()) == report
     assert again.stdout == result.stdout
