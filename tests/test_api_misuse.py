@@ -160,6 +160,19 @@ def test_leaf_that_the_objective_does_not_touch():
     torch.testing.assert_close(solution.value["unused"], X0)
 
 
+@pytest.mark.xfail(
+    strict=True, reason="an objective without a tape passes for a constant one, and the start for its minimum"
+)
+@pytest.mark.parametrize(
+    "objective",
+    [lambda x: square(x.detach() - 1), torch.no_grad()(lambda x: square(x - 1))],
+    ids=["detach", "no_grad"],
+)
+def test_objective_that_cannot_be_differentiated(objective):
+    with pytest.raises(il.ImplicitLayersError):
+        il.argmin(objective, X0)
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
