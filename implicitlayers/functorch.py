@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.func import vjp, vmap
+from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -96,18 +96,25 @@ def batched(fn: Callable[..., Any], lanes: Sequence[Sequence[int | None]], leadi
     return fn
 
 
-def pullback(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
-    """`torch.func.vjp` without auxiliary output: value, and w ↦ (wᵀ ∂f/∂primal, ...), which can be used many times."""
-    value, pull, *_ = vjp(f, *primals)
-    return value, pull
+def pullback(f: Callable[..., Any], primals: Sequence[Any], cotangent: Any) -> tuple[Any, ...]:
+    """Vector-Jacobian products wᵀ ∂f/∂primal, one for every primal; differentiable in everything.
+
+    Written as the gradient of ⟨f, w⟩, not by torch.func.vjp: what vjp returns runs its backward after its own transform
+    has ended, and a custom Function inside f (a nested argmin) then meets dead wrappers and fails.
+    """
+    weights = pytree.tree_leaves(cotangent)
+
+    def paired(*p: Any) -> Tensor:
+        return torch.stack([(o * w).sum() for o, w in zip(pytree.tree_leaves(f(*p)), weights, strict=True)]).sum()
+
+    return grad(paired, argnums=tuple(range(len(primals))))(*primals)
 
 
 def pushforward(f: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
-    """Jacobian-vector product as the transpose of a transpose, J t = d/dw [wᵀ J]ᵀ t.
+    """Jacobian-vector product as the transpose of a transpose, J t = d/dw ⟨[wᵀ J]ᵀ, t⟩.
 
     It takes no forward-mode level of its own: PyTorch's dual numbers do not nest, and torch.func.jvp inside
     `Function.jvp` would be silently wrong.
     """
-    out, pull = pullback(f, *primals)
-    _, pull_twice = pullback(pull, pytree.tree_map(torch.zeros_like, out))
-    return pull_twice(tuple(tangents))[0]
+    out = f(*primals)
+    return pullback(lambda w: pullback(f, primals, w), [pytree.tree_map(torch.zeros_like, out)], tuple(tangents))[0]

@@ -71,10 +71,9 @@ class ImplicitArgmin(Function):
         for term in condition.terms:
             inside = [i for i in wanted if i in term.slots]
             if inside:
-                _, pull = pullback(
-                    _residual_of(term, condition.lanes, x, tensors, inside), *[tensors[i] for i in inside]
-                )
-                for i, g in zip(inside, pull(u), strict=True):
+                residual = _residual_of(term, condition.lanes, x, tensors, inside)
+                pulled = pullback(residual, [tensors[i] for i in inside], u)
+                for i, g in zip(inside, pulled, strict=True):
                     grads[i] = -g if grads[i] is None else grads[i] - g
         return None, None, *grads
 

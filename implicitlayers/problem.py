@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import grad
-from torch.utils import _pytree as pytree
 
+from implicitlayers import tape
 from implicitlayers.functorch import batched, is_wrapped, pullback, pushforward
 
 __all__ = ["Bound", "Composite", "Condition", "Lanes", "ObjectiveTerm", "Outcome", "Term", "aligned", "select"]
@@ -124,16 +124,19 @@ class ObjectiveTerm(Term):
         # Lanes are independent, so the gradient of all their values is pulled back at once: one transform less on every
         # operation than mapping a gradient over the lanes.
         fn = batched(self.fn, lanes)
-        if torch.is_grad_enabled() or is_wrapped(x):
-            value, pull = pullback(lambda z: fn(z, *params), x)
-            return value, pull(torch.ones_like(value))[0]
-        # Nothing is recorded here, so PyTorch's own tape will do; it costs half of what a transform costs in Python.
+        if _recorded(x):
+
+            def total(z: Tensor) -> tuple[Tensor, Tensor]:
+                value = fn(z, *params)
+                return value.sum(), value
+
+            gradient, value = grad(total, has_aux=True)(x)
+            return value, gradient
+        # PyTorch's own tape costs half of what a transform costs in Python.
         z, given = x.detach().requires_grad_(), [p.detach() for p in params]
         with torch.enable_grad():
             value = fn(z, *given)
-            total = value.sum()
-        # A constant objective has no tape; its gradient is zero.
-        gradient = torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(x)
+            gradient = tape.gradient(value.sum(), z)
         return value.detach(), gradient
 
     def accumulate(
@@ -145,30 +148,33 @@ class ObjectiveTerm(Term):
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         if not self.gauss_newton:
             # The Hessian is symmetric, so the product is a vector-Jacobian product of the gradient: plain reverse mode.
-            return pullback(lambda z: self.residual(z, *params), x)[1](y)[0]
+            return pullback(lambda z: self.residual(z, *params), [x], y)[0]
         assert self.model is not None and self.loss is not None
         model, loss = self.model, self.loss
-        z, pull = pullback(lambda w: model(w, *params), x)
-        Jy = pushforward(lambda w: model(w, *params), [x], [y])
-        BJy = pullback(lambda o: grad(loss)(o, *params), z)[1](Jy)[0]
-        return pull(BJy)[0]
+
+        def at(w: Tensor) -> Any:
+            return model(w, *params)
+
+        Jy = pushforward(at, [x], [y])
+        BJy = pullback(lambda o: grad(loss)(o, *params), [at(x)], Jy)[0]
+        return pullback(at, [x], BJy)[0]
 
     def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
+        if _recorded(x):
+            product = batched(self.product, tuple((0, *level) for level in lanes))
+            return lambda y: product(y, x, *params)
+        given = [p.detach() for p in params]
         if not self.gauss_newton:
             fn = batched(self.fn, lanes)
+            return tape.hessian(lambda z: fn(z, *given).sum(), x)
+        assert self.model is not None and self.loss is not None
+        model, loss = batched(self.model, lanes), batched(self.loss, lanes)
+        return tape.gauss_newton(lambda z: model(z, *given), lambda o: loss(o, *given).sum(), x)
 
-            def gradient(z: Tensor) -> Tensor:
-                value, pull = pullback(lambda w: fn(w, *params), z)
-                return pull(torch.ones_like(value))[0]
 
-            _, pull = pullback(gradient, x)
-            return lambda y: pull(y)[0]
-        model, loss_gradient = batched(self.model, lanes), batched(grad(self.loss), lanes)  # type: ignore[arg-type]
-        z, pull = pullback(lambda w: model(w, *params), x)
-        # The transpose of the transpose: a product with J from reverse mode alone, its graph kept across products.
-        _, push = pullback(lambda w: pull(w)[0], pytree.tree_map(torch.zeros_like, z))
-        _, curve = pullback(lambda o: loss_gradient(o, *params), z)
-        return lambda y: pull(curve(push(y)[0])[0])[0]
+def _recorded(x: Tensor) -> bool:
+    """Whether what is computed from x may be differentiated from outside: not inside a Function's forward."""
+    return torch.is_grad_enabled() or is_wrapped(x)
 
 
 def aligned(t: Tensor, has: Sequence[int | None]) -> Tensor:

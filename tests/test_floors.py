@@ -19,7 +19,7 @@ PACKAGE = "implicitlayers"
 # From the ground up. A module imports from lower floors only; "" is the face, `implicitlayers/__init__.py`.
 FLOORS = (
     {"status", "functorch"},
-    {"flat"},
+    {"flat", "tape"},
     {"closure"},
     {"problem"},
     {"loop", "certificate"},

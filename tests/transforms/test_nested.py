@@ -11,11 +11,6 @@ import implicitlayers as il
 from tests.helpers.cases import ADJOINT, TIGHT
 from tests.helpers.problems import F64, coupled, each, newton, normal
 
-# A backward that runs after the transform it was recorded in has ended meets wrappers of that transform.
-pytestmark = pytest.mark.xfail(
-    strict=True, reason="an argmin inside an objective fails: saved tensors are dead wrappers"
-)
-
 SOLVER = il.Newton(il.CG(rtol=1e-11), **TIGHT)
 THETA, BATCH = normal(2, seed=3), normal(3, 2, seed=4)
 
