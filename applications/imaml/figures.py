@@ -83,7 +83,7 @@ def draw_tasks(tasks: Tasks, answers: Tensor, path: Path) -> None:
 
 
 def _draw_image(axes: Axes, image: Tensor, title: str) -> None:
-    axes.imshow(image.mean(0).cpu(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(image.mean(0).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_title(title, fontsize=11)
     axes.set(xticks=[], yticks=[])
 

@@ -1,0 +1,44 @@
+"""The demonstration, in small: what it compares, and that its files are where it says."""
+
+import pytest
+import torch
+
+from applications.datasets import ClassImages
+from applications.imaml import demo as demonstration
+from applications.imaml import episodes
+from applications.imaml.config import Config
+from applications.imaml.episodes import Tasks
+from applications.imaml.evaluate import Protocol
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    images = torch.randint(0, 256, (16, 3, 1, 28, 28), dtype=torch.uint8)
+    # Two of the three images of a class are alike to the pixel, and the third is unlike any.
+    images[:, 1] = images[:, 0]
+    dataset = ClassImages(images, tuple(f"class {index}" for index in range(16)), "glyphs")
+    monkeypatch.setattr(episodes, "load", lambda name, root, seed: dataset)
+    monkeypatch.setattr(episodes, "SPLIT_SIZES", {"glyphs": {"train": 6, "validation": 5, "test": 5}})
+    monkeypatch.setattr(demonstration, "CONFIG", Config(meta_steps=2, tasks=2, inner_steps=2, cg_steps=1, device="cpu"))
+    monkeypatch.setattr(demonstration, "PROTOCOL", Protocol(tasks=150))
+
+
+def test_it_compares_with_the_nearest_neighbour_and_draws(tmp_path):
+    found = demonstration.demo(tmp_path / "demo", quiet=True)
+    mean, interval = found.neighbour
+    # A third of the pairs of support and query images are alike; of the others, a fifth is right by chance.
+    assert mean == pytest.approx(100 * (1 / 3 + 2 / 3 / 5), abs=2 * interval)
+    assert 0 < interval < 6
+    text = str(found)
+    assert f"nearest neighbour in pixels   {mean:.1f} ± {interval:.1f} %" in text
+    assert "150 tasks, after 2 meta-steps" in text
+    assert [file.name for file in found.files] == ["curve.png", "evaluation.json", "tasks.png"]
+    for file in found.files:
+        assert str(file) in text
+        assert file.stat().st_size > 1000
+
+
+def test_the_nearest_neighbour_has_the_label_of_the_support_image():
+    support = torch.eye(3).reshape(3, 1, 1, 3)
+    task = Tasks(support, torch.tensor([0, 1, 1]), support.flip(0) + 0.1, torch.tensor([1, 1, 1]))
+    assert demonstration._nearest_neighbour(task) == pytest.approx(2 / 3)
