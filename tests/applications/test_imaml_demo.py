@@ -14,8 +14,9 @@ from applications.imaml.evaluate import Protocol
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     images = torch.randint(0, 256, (16, 3, 1, 28, 28), dtype=torch.uint8)
-    # Two of the three images of a class are alike to the pixel, and the third is unlike any.
+    # Two of the three images of a class are alike to the pixel, and the third is as far from them as can be.
     images[:, 1] = images[:, 0]
+    images[:, 2] = 255 - images[:, 0]
     dataset = ClassImages(images, tuple(f"class {index}" for index in range(16)), "glyphs")
     monkeypatch.setattr(episodes, "load", lambda name, root, seed: dataset)
     monkeypatch.setattr(episodes, "SPLIT_SIZES", {"glyphs": {"train": 6, "validation": 5, "test": 5}})
@@ -26,8 +27,8 @@ def _small(monkeypatch):
 def test_it_compares_with_the_nearest_neighbour_and_draws(tmp_path):
     found = demonstration.demo(tmp_path / "demo", quiet=True)
     mean, interval = found.neighbour
-    # A third of the pairs of support and query images are alike; of the others, a fifth is right by chance.
-    assert mean == pytest.approx(100 * (1 / 3 + 2 / 3 / 5), abs=2 * interval)
+    # A third of the pairs of support and query images are alike.
+    assert mean == pytest.approx(100 / 3, abs=2 * interval)
     assert 0 < interval < 6
     text = str(found)
     assert f"nearest neighbour in pixels   {mean:.1f} ± {interval:.1f} %" in text
