@@ -13,7 +13,7 @@ from torch import Tensor
 from implicitlayers.adjoints import Adjoint, Implicit, Unrolled
 from implicitlayers.closure import Probe, substituted
 from implicitlayers.flat import Structure, Tree, flatten_tensors, join_tensors
-from implicitlayers.functorch import all_lanes, carries_derivative, graph_leaves
+from implicitlayers.functorch import all_lanes, carries_derivative, graph_leaves, opaque_to_compile
 from implicitlayers.problem import Composite, ObjectiveTerm, Outcome, Term
 from implicitlayers.regularizers import Regularizer
 from implicitlayers.solver import Solver
@@ -34,9 +34,9 @@ from implicitlayers.status import (
 __all__ = ["argmin"]
 
 
-# Opaque to torch.compile, which breaks its graph here: tracing a solve gains nothing, and compiled autograd Functions
-# have known faults that change gradients silently (pytorch#183604, #193279).
-@torch.compiler.disable
+# torch.compile breaks its graph here: tracing a solve gains nothing, and compiled autograd Functions have known faults
+# that change gradients silently (pytorch#183604, #193279).
+@opaque_to_compile
 def argmin(
     objective: Callable[..., Any],
     x0: Tree,

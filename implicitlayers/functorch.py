@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -13,9 +13,12 @@ from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "graph_leaves", "is_wrapped", "primal",
-    "pullback", "pushforward",
+    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "graph_leaves", "is_wrapped",
+    "opaque_to_compile", "primal", "pullback", "pushforward",
 ]  # fmt: skip
+
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 def is_wrapped(t: Tensor) -> bool:
@@ -53,6 +56,11 @@ def graph_leaves(tensors: Sequence[Tensor]) -> set[int]:
             leaves.add(id(variable))
         pending.extend(parent for parent, _ in node.next_functions)
     return leaves
+
+
+def opaque_to_compile(fn: C) -> C:
+    """`torch.compiler.disable`, which runs the function as it is inside compiled code, with the type kept."""
+    return torch.compiler.disable(fn)  # type: ignore[return-value]
 
 
 def primal(t: Tensor) -> Tensor:
