@@ -35,7 +35,7 @@ from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.loop import Finished, iterate
 from implicitlayers.problem import Bound, Condition, Lanes, ObjectiveTerm, Outcome, Term, aligned, select
 from implicitlayers.solver import Solver
-from implicitlayers.status import AdjointError, AdjointReport, AdjointWarning, Policy, describe_failures, failed
+from implicitlayers.status import AdjointError, AdjointReport, AdjointWarning, Policy, Status, describe_failures, failed
 
 __all__ = ["AdjointRule", "ImplicitArgmin", "LinearSystem", "Stationarity", "finish_forward", "solve_forward"]
 
@@ -58,13 +58,17 @@ class ImplicitArgmin(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.condition = inputs[0]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[0], *inputs[2:])
-        ctx.save_for_forward(output[0], *inputs[2:])
+        ctx.save_for_backward(*output[:2], *inputs[2:])
+        ctx.save_for_forward(*output[:2], *inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, *_: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *tensors = ctx.saved_tensors
+        x, status, *tensors = ctx.saved_tensors
         condition: Condition = ctx.condition
+        # A lane that diverged and that the loss leaves out, v = 0, contributes nothing; but zero times infinity is NaN,
+        # and would reach every tensor that lanes share.
+        dead = (status == Status.NON_FINITE) & (v == 0).all(-1)
+        x = torch.where(dead.unsqueeze(-1), torch.zeros_like(x), x)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         u = _solve_linearized(condition, v, x, tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
@@ -79,7 +83,7 @@ class ImplicitArgmin(Function):
 
     @staticmethod
     def jvp(ctx: Any, _condition: Any, _x0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *tensors = (primal(t) for t in ctx.saved_tensors)
+        x, _, *tensors = (primal(t) for t in ctx.saved_tensors)
         condition: Condition = ctx.condition
         given = [i for i, t in enumerate(tangents) if t is not None]
         with forward_ad_enabled():

@@ -167,8 +167,9 @@ pytree.register_pytree_node(
 )
 pytree.register_pytree_node(
     Solution,
-    # The report is no child: it is one object, filled by the backward for all lanes together.
-    lambda s: ([s.value, s.status, s.stats, s.aux], s.adjoint),
+    # The report is no child: it is one object, filled by the backward for all lanes together. Nor is aux where there is
+    # none: vmap lets only tensors out.
+    lambda s: ([s.value, s.status, s.stats, *([] if s.aux is None else [s.aux])], s.adjoint),
     lambda children, report: Solution(*children, adjoint=report),  # type: ignore[arg-type]
     serialized_type_name="implicitlayers.Solution",
 )

@@ -20,13 +20,7 @@ SOLVERS = {
     "newton-cg": il.Newton(max_steps=8),
     "newton-dense": il.Newton(il.Dense(), max_steps=8),
 }
-TO_THE_SADDLE = pytest.mark.xfail(
-    strict=True, reason="Newton(Dense()) calls a saddle point of an unbounded objective solved"
-)
-MARKS = {"newton-dense": TO_THE_SADDLE}
-each_solver = pytest.mark.parametrize(
-    "solver", [pytest.param(solver, id=name, marks=MARKS.get(name, ())) for name, solver in SOLVERS.items()]
-)
+each_solver = pytest.mark.parametrize("solver", [pytest.param(solver, id=name) for name, solver in SOLVERS.items()])
 QUICK = SOLVERS["gradient"]
 
 
@@ -272,7 +266,6 @@ def test_gradients_of_good_lanes_survive_failed_forward_solves(policy):
     torch.testing.assert_close(g[GOOD], expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.xfail(strict=True, reason="zero times the NaN of a diverged lane reaches what all lanes share")
 def test_shared_parameters_survive_diverged_lanes_that_the_loss_leaves_out():
     b = normal(6, N, seed=6)
     shift = torch.tensor(0.5, dtype=F64, requires_grad=True)

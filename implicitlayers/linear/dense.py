@@ -39,12 +39,17 @@ class Dense(LinearSolver):
         LU = torch.where(singular[..., None, None], eye, LU)
         x = torch.linalg.lu_solve(LU, pivots, b.unsqueeze(-1)).squeeze(-1)
         x = torch.where((singular | bad)[..., None], torch.zeros_like(x), x)
+        indefinite = torch.zeros_like(singular)
+        if operator.minimizing:
+            indefinite = (torch.linalg.cholesky_ex(A)[1] != 0) & ~bad
+            x = torch.where(indefinite[..., None], b, x)
         b_norm = norm(b)
         residual = norm((A @ x.unsqueeze(-1)).squeeze(-1) - b) / torch.where(
             b_norm > 0, b_norm, torch.ones_like(b_norm)
         )
         status = torch.full_like(residual, Status.CONVERGED, dtype=torch.int64)
         status = torch.where(singular, torch.full_like(status, Status.SINGULAR), status)
+        status = torch.where(indefinite, torch.full_like(status, Status.INDEFINITE), status)
         status = torch.where(bad, torch.full_like(status, Status.NON_FINITE), status)
         unseen = torch.full_like(residual, torch.nan)
         return LinearSolution(x, status, torch.ones_like(status), residual, unseen, unseen)

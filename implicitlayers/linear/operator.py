@@ -19,10 +19,13 @@ class Operator:
     Attributes:
         apply: the product.
         symmetric: whether A = Aᵀ is known.
+        minimizing: whether A is the curvature of a problem that is being minimized, so that a solver must not take an
+            indefinite A for granted: the solution would lead to a saddle.
     """
 
     apply: Callable[[Tensor], Tensor]
     symmetric: bool
+    minimizing: bool = False
 
     def __call__(self, y: Tensor) -> Tensor:
         """A y."""

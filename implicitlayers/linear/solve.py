@@ -16,7 +16,7 @@ class LinearSolution(NamedTuple):
     """What a linear solver returns, per lane.
 
     Attributes:
-        x: ``[*lanes, n]``.
+        x: ``[*lanes, n]``. Where A of a minimizing operator is INDEFINITE, a direction with bᵀx > 0, or zero.
         status: int64 ``[*lanes]`` of `Status` codes.
         steps: int64 ``[*lanes]``.
         residual: ``[*lanes]``, norm of A x - b relative to the norm of b.

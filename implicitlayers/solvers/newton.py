@@ -32,7 +32,8 @@ class Newton(Solver[_State]):
 
     Choose it when high accuracy is wanted and curvature products are affordable: convergence is quadratic, so the last
     step makes the solution, and with it the derivative, accurate to rounding. With `CG` as linear solver no Hessian is
-    formed; a lane in which CG meets negative curvature goes along what CG has found up to there, or along -∇f.
+    formed; a lane in which CG meets negative curvature goes along what CG has found up to there, and with
+    `Dense` along -∇f.
 
     Args:
         linear_solver: solves for the direction, in every step.
@@ -62,7 +63,7 @@ class Newton(Solver[_State]):
 
     def step(self, problem: Bound, state: _State) -> _State:
         old = state.point
-        operator = Operator(problem.linearize(old.x, self.damping), symmetric=True)
+        operator = Operator(problem.linearize(old.x, self.damping), symmetric=True, minimizing=True)
         direction = self.linear_solver.solve(operator, -old.F).x
         new, search = descend(problem, old, direction, torch.ones_like(old.objective), self.line_search, self.looks)
         progress = state.progress.advance((old.x, old.F), (new.x, new.F), new.objective)
