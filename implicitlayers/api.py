@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from implicitlayers.status import (
     check_policy,
     describe_failures,
     failed,
+    warn_caller,
 )  # fmt: skip
 
 __all__ = ["argmin"]
@@ -83,6 +83,23 @@ def argmin(
     solver = LBFGS() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
     _check_arguments(objective, regularizer, solver, adjoint, on_failure)
+    if torch.is_inference_mode_enabled():
+        # The tape that the solver's gradients need is off in inference mode; without a derivative that is all there is.
+        with torch.inference_mode(False), torch.no_grad():
+            return _argmin(objective, x0, params, regularizer, solver, adjoint, has_aux, on_failure)
+    return _argmin(objective, x0, params, regularizer, solver, adjoint, has_aux, on_failure)
+
+
+def _argmin(
+    objective: Callable[..., Any],
+    x0: Tree,
+    params: tuple[Any, ...],
+    regularizer: Regularizer | None,
+    solver: Solver[Any],
+    adjoint: Adjoint,
+    has_aux: bool,
+    on_failure: Policy,
+) -> Solution:
     structure = Structure.of(x0)
     start = structure.flatten(x0, "x0")
     tensors, skeleton = flatten_tensors(params)
@@ -97,6 +114,8 @@ def argmin(
     if not isinstance(adjoint, Unrolled):
         _check_start(start, inputs)
         start = start.detach()
+    # Tensors made in inference mode cannot go on a tape; their copies can.
+    start, *inputs = (t.clone() if t.is_inference() else t for t in (start, *inputs))
     report = AdjointReport()
     outcome = adjoint.solve(tuple(terms), solver, start, inputs, report)
     x = _apply_policy(outcome, on_failure, solver)
@@ -237,5 +256,5 @@ def _apply_policy(outcome: Outcome, on_failure: Policy, solver: Solver[Any]) -> 
             )
             if on_failure == "raise":
                 raise SolveError(message)
-            warnings.warn(SolveWarning(message), stacklevel=3)
+            warn_caller(SolveWarning(message))
     return outcome.x

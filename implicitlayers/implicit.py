@@ -19,7 +19,6 @@ three things are kept, each of which fails silently otherwise:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,7 +34,16 @@ from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.loop import Finished, iterate
 from implicitlayers.problem import Bound, Condition, Lanes, ObjectiveTerm, Outcome, Term, aligned, select
 from implicitlayers.solver import Solver
-from implicitlayers.status import AdjointError, AdjointReport, AdjointWarning, Policy, Status, describe_failures, failed
+from implicitlayers.status import (
+    AdjointError,
+    AdjointReport,
+    AdjointWarning,
+    Policy,
+    Status,
+    describe_failures,
+    failed,
+    warn_caller,
+)
 
 __all__ = ["AdjointRule", "ImplicitArgmin", "LinearSystem", "Stationarity", "finish_forward", "solve_forward"]
 
@@ -288,7 +296,7 @@ class LinearSystem(Condition):
             )
             if rule.on_failure == "raise":
                 raise AdjointError(message)
-            warnings.warn(AdjointWarning(message), stacklevel=2)
+            warn_caller(AdjointWarning(message))
         return solution.x
 
 

@@ -6,8 +6,11 @@ into an error, a warning or NaN, by the caller's policy, once.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +20,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "RUNNING", "AdjointError", "AdjointReport", "AdjointWarning", "ImplicitLayersError", "MisuseError", "Policy",
     "Solution", "SolveError", "SolveWarning", "Stats", "Status", "check_policy", "describe_failures", "failed",
+    "warn_caller",
 ]  # fmt: skip
 
 Policy = Literal["raise", "warn", "ignore", "nan"]
@@ -179,6 +183,15 @@ def check_policy(policy: str, where: str) -> None:
     """Raise `MisuseError` unless `policy` is one of the four."""
     if policy not in get_args(Policy):
         raise MisuseError(f'{where} is {policy!r}; pass one of "raise", "warn", "ignore", "nan".')
+
+
+def warn_caller(warning: Warning) -> None:
+    """Warn at the line outside this package and torch that led here, whatever wrappers lie between."""
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(warning, stacklevel=level)
 
 
 def failed(status: Tensor) -> Tensor:

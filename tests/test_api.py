@@ -106,7 +106,6 @@ def test_lanes_of_one_parameter_and_not_of_another():
     close(total[1], torch.linalg.inv(A).sum(1).sum(0).expand(4, 3))
 
 
-@pytest.mark.xfail(strict=True, reason="aux is None without has_aux, and vmap takes None for a leaf")
 def test_a_solution_can_be_returned_from_vmap():
     solution = vmap(lambda theta: il.argmin(coupled, ZERO, theta, solver=NEWTON))(BATCH)
     assert isinstance(solution, il.Solution)
@@ -205,7 +204,6 @@ def test_policies_of_the_forward_solve():
     assert marked.status.item() == il.Status.MAX_STEPS
 
 
-@pytest.mark.xfail(strict=True, reason="the wrapper of torch.compiler.disable is one frame more than stacklevel knows")
 def test_a_warning_points_at_the_line_that_called_argmin():
     with pytest.warns(il.SolveWarning) as caught:
         il.argmin(coupled, ZERO, THETA, solver=SHORT, on_failure="warn")
@@ -285,9 +283,6 @@ def test_nothing_is_recorded_where_no_derivative_is_asked_for():
         close(il.argmin(coupled, ZERO, theta).value, newton(coupled, ZERO, THETA), 1e-7)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the tape records nothing in inference mode, and a gradient of zero is converged"
-)
 def test_inference_mode_solves_too():
     with torch.inference_mode():
         close(il.argmin(coupled, ZERO, THETA).value, newton(coupled, ZERO, THETA), 1e-7)
