@@ -109,7 +109,7 @@ def _apply(
             own = statistics[block]
             centred = x - own.mean
         seen.append(own)
-        x = F.relu(centred * (scale * torch.rsqrt(own.variance + EPSILON)) + shift)
+        x = F.relu(torch.addcmul(shift, centred, scale * torch.rsqrt(own.variance + EPSILON)))
         if block == 1:
             x = F.pad(x, (0, 0, 0, 1, 0, 1))
     return F.linear(x.flatten(1), parameters["linear.weight"], parameters["linear.bias"]), seen
