@@ -104,10 +104,10 @@ def _argmin(
     start = structure.flatten(x0, "x0")
     tensors, skeleton = flatten_tensors(params)
     problem = _Objective(objective, structure, skeleton, len(tensors), has_aux)
-    captured = problem.examine(start, tensors, touches_all=regularizer is None, look=solver.looks)
+    captured, used = problem.examine(start, tensors, touches_all=regularizer is None, look=solver.looks)
     # The copies are views made by a torch operation, so that a surrounding argmin's substitution reaches them too.
     inputs = [t.view_as(t) for t in (*tensors, *captured)]
-    terms: list[Term] = [problem.term(captured)]
+    terms: list[Term] = [problem.term(captured, used)]
     if regularizer is not None:
         more, their_tensors = regularizer.terms(structure, len(inputs))
         terms, inputs = terms + more, inputs + their_tensors
@@ -134,8 +134,10 @@ class _Objective:
     count: int
     has_aux: bool
 
-    def examine(self, start: Tensor, tensors: list[Tensor], *, touches_all: bool, look: bool) -> list[Tensor]:
-        """Evaluate once, check what comes back, and return the captured tensors that need to become inputs."""
+    def examine(
+        self, start: Tensor, tensors: list[Tensor], *, touches_all: bool, look: bool
+    ) -> tuple[list[Tensor], bool]:
+        """Evaluate, check what comes back; return captured tensors that must become inputs, and whether x is used."""
         # Copies, so that a tensor that is both passed and captured is seen as captured.
         x = self.structure.unflatten(start.detach().clone())
         copies = [t.detach() for t in tensors]
@@ -152,9 +154,9 @@ class _Objective:
                 f"the objective does not use {', '.join(untouched)}, so any value there is a minimizer and none has a "
                 "derivative; take it out of x0, or add a regularizer."
             )
-        return probe.captured
+        return probe.captured, len(untouched) < len(leaves)
 
-    def term(self, captured: list[Tensor]) -> ObjectiveTerm:
+    def term(self, captured: list[Tensor], uses_unknown: bool) -> ObjectiveTerm:
         """The objective as a term whose tensors are the params', then the captured ones."""
         slots = tuple(range(self.count + len(captured)))
         value = substituted(self.fn, captured)
@@ -166,7 +168,7 @@ class _Objective:
             return out[0] if self.has_aux else out
 
         if not isinstance(self.fn, Composite):
-            return ObjectiveTerm(flat, slots)
+            return ObjectiveTerm(flat, slots, uses_unknown=uses_unknown)
         model_of, loss_of = substituted(self.fn.model, captured), substituted(self.fn.loss, captured)
 
         def model(x: Tensor, *values: Tensor) -> Any:
@@ -177,7 +179,7 @@ class _Objective:
             out = loss_of(values[self.count :], z, *join_tensors(values[: self.count], self.skeleton))
             return out[0] if self.has_aux else out
 
-        return ObjectiveTerm(flat, slots, model, loss)
+        return ObjectiveTerm(flat, slots, model, loss, uses_unknown)
 
     def _check_repeatable(self, out: Any, again: Any) -> None:
         first, second = (all_lanes(o[0] if self.has_aux else o) for o in (out, again))

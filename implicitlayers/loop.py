@@ -149,7 +149,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def norm(a: Tensor) -> Tensor:
     """Euclidean norm per lane that neither overflows nor underflows: the largest entry is divided out first."""
     largest = a.abs().amax(-1)
-    safe = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
+    # Division multiplies by the reciprocal, which is infinite for subnormal numbers.
+    safe = torch.where(torch.isfinite(largest), largest.clamp_min(torch.finfo(a.dtype).tiny), torch.ones_like(largest))
     scaled = a / safe.unsqueeze(-1)
     return dot(scaled, scaled).sqrt().to(a.dtype) * safe
 

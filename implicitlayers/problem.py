@@ -20,6 +20,7 @@ from torch.func import grad
 
 from implicitlayers import tape
 from implicitlayers.functorch import batched, is_wrapped, pullback, pushforward
+from implicitlayers.status import MisuseError
 
 __all__ = ["Bound", "Composite", "Condition", "Lanes", "ObjectiveTerm", "Outcome", "Term", "aligned", "select"]
 
@@ -104,6 +105,7 @@ class ObjectiveTerm(Term):
         slots: see `Term`.
         model: ``(x, *params) -> z`` where the objective declares the split.
         loss: ``(z, *params) -> scalar``.
+        uses_unknown: whether fn looks at x at all; one that does must be differentiable in it.
         gauss_newton: whether `product` and `linearize` use JᵀBJ instead of the Hessian.
     """
 
@@ -111,6 +113,7 @@ class ObjectiveTerm(Term):
     slots: tuple[int, ...]
     model: Callable[..., Any] | None = None
     loss: Callable[..., Tensor] | None = None
+    uses_unknown: bool = True
     gauss_newton: bool = False
 
     def value(self, x: Tensor, *params: Tensor) -> Tensor:
@@ -136,7 +139,13 @@ class ObjectiveTerm(Term):
         z, given = x.detach().requires_grad_(), [p.detach() for p in params]
         with torch.enable_grad():
             value = fn(z, *given)
-            gradient = tape.gradient(value.sum(), z)
+            total_value = value.sum()
+        if self.uses_unknown and not total_value.requires_grad:
+            raise MisuseError(
+                "the objective uses x but returns a value that carries no derivative with respect to it; leave out "
+                ".detach(), .item(), numpy and torch.no_grad(), or non-differentiable operations such as argmax."
+            )
+        gradient = tape.gradient(total_value, z)
         return value.detach(), gradient
 
     def accumulate(

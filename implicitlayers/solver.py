@@ -50,6 +50,7 @@ class Progress(NamedTuple):
 
     Attributes:
         residual: ‖F(x)‖.
+        objective: the objective at x.
         start: ‖F(x0)‖.
         scale: (‖ΔF‖/‖Δx‖)·‖x‖ over the last step.
         best: smallest residual so far.
@@ -58,6 +59,7 @@ class Progress(NamedTuple):
     """
 
     residual: Tensor
+    objective: Tensor
     start: Tensor
     scale: Tensor
     best: Tensor
@@ -69,7 +71,7 @@ class Progress(NamedTuple):
         """At the start."""
         residual = norm(F)
         idle = torch.zeros_like(residual, dtype=torch.int64)
-        return cls(residual, residual, torch.zeros_like(residual), residual, objective, idle)
+        return cls(residual, objective, residual, torch.zeros_like(residual), residual, objective, idle)
 
     def advance(self, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], objective: Tensor) -> Progress:
         """After a step from ``old = (x, F)`` to ``new``."""
@@ -82,6 +84,7 @@ class Progress(NamedTuple):
         better = (residual < 0.99 * self.best) | (objective < self.lowest - 8 * eps * self.lowest.abs())
         return Progress(
             residual,
+            objective,
             self.start,
             scale,
             torch.fmin(residual, self.best),
@@ -97,6 +100,10 @@ class Progress(NamedTuple):
             status = torch.where(self.idle >= patience, torch.full_like(status, Status.STALLED), status)
         if solver.rtol is not None:
             relative = max(solver.rtol, 64 * eps) if solver.rtol else 0.0
-            tolerance = solver.atol + relative * torch.fmax(self.start, self.scale)
+            # The scale of a diverging lane overflows before its residual does.
+            scale = torch.where(torch.isfinite(self.scale), torch.fmax(self.start, self.scale), self.start)
+            tolerance = solver.atol + relative * scale
             status = torch.where(self.residual <= tolerance, torch.full_like(status, Status.CONVERGED), status)
-        return torch.where(not_finite(self.residual), torch.full_like(status, Status.NON_FINITE), status)
+        return torch.where(
+            not_finite(self.residual, self.objective), torch.full_like(status, Status.NON_FINITE), status
+        )

@@ -73,8 +73,9 @@ class CG(LinearSolver):
 
     def solve(self, operator: Operator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         b_norm = norm(b)
-        # A zero or non-finite right-hand side is left as it is: the first converges at once, the second is named.
-        scale = torch.where((b_norm > 0) & torch.isfinite(b_norm), b_norm, torch.ones_like(b_norm)).unsqueeze(-1)
+        # A non-finite right-hand side is left as it is, and named. The reciprocal of a subnormal number is infinite.
+        finite = b_norm.clamp_min(torch.finfo(b.dtype).tiny)
+        scale = torch.where(torch.isfinite(b_norm), finite, torch.ones_like(b_norm)).unsqueeze(-1)
         start = torch.zeros_like(b) if x0 is None else x0 / scale
         # Two divisions: 1/scale overflows in float32 for a cotangent of 1e-39 already.
         system = _System(operator, b / scale)
