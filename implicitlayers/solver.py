@@ -21,8 +21,8 @@ class Solver(Algorithm[Bound, S]):
     """A forward solver: four pure functions on flat state ``[*lanes, n]``.
 
     Concrete solvers are frozen dataclasses with the fields `rtol`, `atol` and `max_steps`. A lane has converged when
-    ‖F(x)‖ ≤ atol + rtol·s, where s is the larger of ‖F(x0)‖ and (‖ΔF‖/‖Δx‖)·‖x‖ over the last step: the size of the
-    terms that cancel in F at the solution, so that a start next to the solution asks for no more than rounding allows.
+    ‖F(x)‖ ≤ atol + rtol·s, where s is the largest of ‖F(x0)‖, ‖(∂F/∂x) x0‖ and (‖ΔF‖/‖Δx‖)·‖x‖ over the last step: the
+    size of the terms that cancel in F, so that a start next to the solution asks for no more than rounding allows.
     A positive rtol is taken as 64 machine epsilons where it is smaller. With ``rtol=atol=None`` exactly `max_steps`
     steps are run and no value is looked at.
     """
@@ -51,7 +51,7 @@ class Progress(NamedTuple):
     Attributes:
         residual: ‖F(x)‖.
         objective: the objective at x.
-        start: ‖F(x0)‖.
+        start: the larger of ‖F(x0)‖ and ‖(∂F/∂x) x‖ there.
         scale: (‖ΔF‖/‖Δx‖)·‖x‖ over the last step.
         best: smallest residual so far.
         lowest: smallest objective so far.
@@ -67,11 +67,15 @@ class Progress(NamedTuple):
     idle: Tensor
 
     @classmethod
-    def begin(cls, objective: Tensor, F: Tensor) -> Progress:
-        """At the start."""
+    def begin(cls, problem: Bound, x: Tensor, objective: Tensor, F: Tensor) -> Progress:
+        """At the start, where one more evaluation tells the size of the terms that cancel in F, ‖(∂F/∂x) x‖."""
+        nudge = torch.finfo(x.dtype).eps ** 0.5
+        terms = norm(problem.value_and_residual(x * (1 + nudge))[1] - F) / nudge
         residual = norm(F)
+        # Next to the edge of a domain the nudge may leave it.
+        start = torch.where(torch.isfinite(terms), torch.fmax(residual, terms), residual)
         idle = torch.zeros_like(residual, dtype=torch.int64)
-        return cls(residual, objective, residual, torch.zeros_like(residual), residual, objective, idle)
+        return cls(residual, objective, start, torch.zeros_like(residual), residual, objective, idle)
 
     def advance(self, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], objective: Tensor) -> Progress:
         """After a step from ``old = (x, F)`` to ``new``."""

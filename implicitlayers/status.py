@@ -210,7 +210,7 @@ def describe_failures(what: str, status: Tensor, steps: Tensor, residual: Tensor
         most: lanes named before the list is cut.
     """
     status, steps, residual = status.cpu(), steps.cpu(), residual.cpu()
-    where = torch.nonzero(failed(status.reshape(status.shape)), as_tuple=False)
+    where = torch.nonzero(failed(status))
     lines = [f"{what} failed" + ("" if status.ndim == 0 else f" in {len(where)} of {status.numel()} lanes") + ":"]
     for index in where[:most]:
         at = tuple(index.tolist())

@@ -76,7 +76,7 @@ class GradientDescent(Solver[_State]):
             return _State(x, velocity, unseen, torch.full_like(unseen, torch.nan).unsqueeze(-1), None, None)
         objective, F = problem.value_and_residual(x)
         search = None if self.line_search is None else torch.full_like(objective, RUNNING, dtype=torch.int64)
-        return _State(x, velocity, objective, F, Progress.begin(objective, F), search)
+        return _State(x, velocity, objective, F, Progress.begin(problem, x, objective, F), search)
 
     def step(self, problem: Bound, state: _State) -> _State:
         if self._lazy:

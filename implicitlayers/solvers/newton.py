@@ -59,7 +59,7 @@ class Newton(Solver[_State]):
     def init(self, problem: Bound, x: Tensor) -> _State:
         point = Point(x, *problem.value_and_residual(x))
         search = torch.full_like(point.objective, RUNNING, dtype=torch.int64)
-        return _State(point, Progress.begin(point.objective, point.F), search)
+        return _State(point, Progress.begin(problem, *point), search)
 
     def step(self, problem: Bound, state: _State) -> _State:
         old = state.point
