@@ -59,13 +59,13 @@ def test_atol_is_in_the_units_of_the_gradient(solver):
 
 
 @each_solver
-@pytest.mark.parametrize("steps", [1, 3, 100])
+@pytest.mark.parametrize("steps", [1, 3, 60])
 def test_a_fixed_number_of_steps(solver, steps):
     solver = type(solver)(**{**vars(solver), "rtol": None, "atol": None, "max_steps": steps})
     solution = il.argmin(coupled, ZERO, THETA, solver=solver)
     assert solution.stats.steps.item() == steps
     assert solution.status.item() == il.Status.NOT_CHECKED
-    if steps == 100:
+    if steps == 60:
         # Long past the solution nothing may break: no division by a vanished step.
         close(solution.value, newton(coupled, ZERO, THETA), 1e-6)
 

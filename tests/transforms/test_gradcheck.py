@@ -30,7 +30,7 @@ def test_second_derivatives(case):
 
 
 def test_all_inputs_of_a_regularized_problem():
-    A, b, theta = spd(3), normal(3, seed=3), normal(3, seed=4)
+    A, b, theta = spd(2), normal(2, seed=3), normal(2, seed=4)
     lam = torch.tensor(0.7, dtype=F64)
     inputs = [t.clone().requires_grad_() for t in (A, b, theta, lam)]
 
@@ -38,7 +38,7 @@ def test_all_inputs_of_a_regularized_problem():
         def objective(x):
             return quadratic(x, (A + A.T) / 2, b) + x.exp().sum() / 4
 
-        x0, proximal = torch.zeros(3, dtype=F64), il.Proximal(theta, lam)
+        x0, proximal = torch.zeros(2, dtype=F64), il.Proximal(theta, lam)
         return il.argmin(objective, x0, regularizer=proximal, solver=il.Newton(**TIGHT), adjoint=ADJOINT).value
 
     assert gradcheck(layer, inputs, check_forward_ad=True)
