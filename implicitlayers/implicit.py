@@ -198,9 +198,6 @@ class _ProductTerm(Term):
     def slots(self) -> tuple[int, ...]:  # type: ignore[override]
         return (1, *(slot + 2 for slot in self.base.slots))
 
-    def value(self, x: Tensor, *params: Tensor) -> Tensor:
-        return (x * self.base.product(x, *params)).sum() / 2
-
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
         return self.base.product(x, *params)
 
@@ -226,17 +223,11 @@ class _RightHandSide(Term):
 
     slots: tuple[int, ...] = (0,)
 
-    def value(self, x: Tensor, *params: Tensor) -> Tensor:
-        return -(x * params[0]).sum()
-
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
         return -params[0]
 
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         return torch.zeros_like(y)
-
-    def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Any:
-        return torch.zeros_like
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,18 @@ from implicitlayers import tape
 from implicitlayers.functorch import batched, is_wrapped, pullback, pushforward
 from implicitlayers.status import MisuseError
 
-__all__ = ["Bound", "Composite", "Condition", "Lanes", "ObjectiveTerm", "Outcome", "Term", "aligned", "select"]
+__all__ = [
+    "Bound",
+    "Composite",
+    "Condition",
+    "Lanes",
+    "ObjectiveTerm",
+    "Outcome",
+    "Potential",
+    "Term",
+    "aligned",
+    "select",
+]
 
 Lanes = tuple[tuple[int | None, ...], ...]
 """One entry a vmap level, the innermost first: for every tensor, 0 where it has that lane dimension, None where not."""
@@ -70,10 +81,6 @@ class Term(ABC):
     slots: tuple[int, ...]
 
     @abstractmethod
-    def value(self, x: Tensor, *params: Tensor) -> Tensor:
-        """Contribution to the objective, 0-d."""
-
-    @abstractmethod
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
         """Contribution to F, ``[n]``; differentiable in all arguments, any number of times."""
 
@@ -81,23 +88,32 @@ class Term(ABC):
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         """(∂residual/∂x) y, ``[n]``; differentiable in all arguments, any number of times. Symmetric."""
 
-    @abstractmethod
     def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
-        """Return y ↦ (∂residual/∂x) y on all lanes, with everything that does not depend on y computed once."""
+        """Return y ↦ (∂residual/∂x) y on all lanes; where it pays, what does not depend on y is computed once."""
+        product = batched(self.product, tuple((0, *level) for level in lanes))
+        return lambda y: product(y, x, *params)
 
     def diagonal(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Tensor | None:
         """The diagonal ``[*lanes, n or 1]`` of ∂residual/∂x where that is a diagonal matrix, else None."""
         return None
 
+
+class Potential(Term):
+    """A term whose residual is the gradient of a scalar, which is a summand of the objective."""
+
+    @abstractmethod
+    def value(self, x: Tensor, *params: Tensor) -> Tensor:
+        """Contribution to the objective, 0-d."""
+
+    @abstractmethod
     def accumulate(
         self, value: Tensor, F: Tensor, x: Tensor, params: Sequence[Tensor], lanes: Lanes
     ) -> tuple[Tensor, Tensor]:
-        """Add the value and the residual on all lanes to ``value [*lanes]`` and ``F [*lanes, n]``."""
-        return value + batched(self.value, lanes)(x, *params), F + batched(self.residual, lanes)(x, *params)
+        """Add value and residual on all lanes to ``value [*lanes]`` and ``F [*lanes, n]``."""
 
 
 @dataclass(frozen=True)
-class ObjectiveTerm(Term):
+class ObjectiveTerm(Potential):
     """The gradient of an objective given as a function of the flat unknown.
 
     Attributes:
@@ -170,8 +186,7 @@ class ObjectiveTerm(Term):
 
     def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
         if _recorded(x):
-            product = batched(self.product, tuple((0, *level) for level in lanes))
-            return lambda y: product(y, x, *params)
+            return super().linearize(x, params, lanes)
         given = [p.detach() for p in params]
         if not self.gauss_newton:
             fn = batched(self.fn, lanes)
@@ -236,7 +251,7 @@ class Bound:
 
     def value_and_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective ``[*lanes]`` and F ``[*lanes, n]`` at x."""
-        first, *rest = self.terms
+        first, *rest = [term for term in self.terms if isinstance(term, Potential)]
         params, lanes = select(self.tensors, self.lanes, first.slots)
         if isinstance(first, ObjectiveTerm):
             value, F = first.value_and_residual(x, params, lanes)
@@ -245,14 +260,6 @@ class Bound:
         for term in rest:
             value, F = term.accumulate(value, F, x, *select(self.tensors, self.lanes, term.slots))
         return value, F
-
-    def value(self, x: Tensor) -> Tensor:
-        """Objective ``[*lanes]`` at x."""
-        parts = []
-        for term in self.terms:
-            params, lanes = select(self.tensors, self.lanes, term.slots)
-            parts.append(batched(term.value, lanes)(x, *params))
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def linearize(self, x: Tensor, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
         """Return y ↦ A y with A = ∂F/∂x + damping·I at x; what does not depend on y is computed once."""

@@ -7,7 +7,7 @@ derivatives are written down instead of being traced: λ(x - θ) costs one subtr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from implicitlayers.flat import Structure, Tree
 from implicitlayers.loop import dot
-from implicitlayers.problem import Lanes, Term, aligned
+from implicitlayers.problem import Lanes, Potential, Term, aligned
 from implicitlayers.status import MisuseError
 
 __all__ = ["Proximal", "Regularizer", "Ridge", "Sum"]
@@ -88,7 +88,7 @@ def _check_strength(name: str, lam: Any) -> None:
 
 
 @dataclass(frozen=True)
-class QuadraticTerm(Term):
+class QuadraticTerm(Potential):
     """½ Σ λᵢ (xᵢ - θᵢ)² with parameters (λ, θ), or (λ,) for θ = 0; λ is 0-d or ``[n]``."""
 
     slots: tuple[int, ...]
@@ -112,10 +112,6 @@ class QuadraticTerm(Term):
 
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         return params[0] * y
-
-    def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
-        weights = self.diagonal(x, params, lanes)
-        return lambda y: weights * y
 
     def diagonal(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Tensor:
         has = [level[0] for level in lanes]
