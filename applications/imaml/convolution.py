@@ -73,12 +73,22 @@ class _Scatter(Function):
     @staticmethod
     def forward(windows: Tensor, height: int, width: int) -> Tensor:
         *lead, rows, columns, taps = windows.shape
-        parts = windows.reshape(*lead, rows, columns, KERNEL, KERNEL, taps // KERNEL**2)
-        out = windows.new_zeros(*lead, height + 2 * PADDING, width + 2 * PADDING, taps // KERNEL**2)
-        for i in range(KERNEL):
-            for j in range(KERNEL):
-                out[..., i : i + STRIDE * rows : STRIDE, j : j + STRIDE * columns : STRIDE, :] += parts[..., i, j, :]
-        return out[..., PADDING:-PADDING, PADDING:-PADDING, :].contiguous()
+        tap = windows.reshape(*lead, rows, columns, KERNEL, KERNEL, taps // KERNEL**2)
+        # By the parity of the place: an even row is the middle of one window, an odd one the last of a window and the
+        # first of the next. Every place is written once and no padding is made and cut off again.
+        out = windows.new_empty(*lead, rows, 2, columns, 2, taps // KERNEL**2)
+        out[..., 0, :, 0, :] = tap[..., 1, 1, :]
+        out[..., 0, :, 1, :] = tap[..., 1, 2, :]
+        out[..., 0, :-1, 1, :] += tap[..., 1:, 1, 0, :]
+        out[..., 1, :, 0, :] = tap[..., 2, 1, :]
+        out[..., :-1, 1, :, 0, :] += tap[..., 1:, :, 0, 1, :]
+        out[..., 1, :, 1, :] = tap[..., 2, 2, :]
+        out[..., 1, :-1, 1, :] += tap[..., 1:, 2, 0, :]
+        out[..., :-1, 1, :, 1, :] += tap[..., 1:, :, 0, 2, :]
+        out[..., :-1, 1, :-1, 1, :] += tap[..., 1:, 1:, 0, 0, :]
+        whole = out.reshape(*lead, 2 * rows, 2 * columns, taps // KERNEL**2)
+        # An odd side ends at an even place.
+        return whole[..., :height, :width, :].contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
