@@ -93,7 +93,8 @@ class Unrolled(Adjoint):
     ) -> Outcome:
         bound = Bound(terms, tuple(tensors), ())
         if self.last is None:
-            return solve_forward(solver, bound, x0)
+            # A solver that has nothing to do returns its start, which belongs to the caller.
+            return solve_forward(solver, bound, x0.clone())
         if solver.looks:
             raise MisuseError(
                 f"Unrolled(last={self.last}) with a solver that stops at a tolerance: which steps will be the last is "

@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitlayers.adjoints import Adjoint, Implicit, Unrolled
 from implicitlayers.closure import Probe, substituted
 from implicitlayers.flat import Structure, Tree, flatten_tensors, join_tensors
-from implicitlayers.functorch import all_lanes, carries_derivative, graph_leaves, opaque_to_compile
+from implicitlayers.functorch import all_lanes, carries_derivative, graph_leaves, is_wrapped, opaque_to_compile
 from implicitlayers.problem import Composite, ObjectiveTerm, Outcome, Term
 from implicitlayers.regularizers import Regularizer
 from implicitlayers.solver import Solver
@@ -56,7 +56,8 @@ def argmin(
 
     Args:
         objective: ``(x, *params) -> scalar``; a function, a module, or a `Composite`. Must be deterministic and must
-            not change what it captures.
+            not change what it captures. It is called again by the backward: data that a loop rebinds or overwrites
+            until then must be params, not captured.
         x0: where to start; a tensor or any tree of tensors of one floating dtype. Gets no gradient under `Implicit`.
         *params: what the objective depends on; trees of tensors and anything else.
         regularizer: added to the objective.
@@ -145,6 +146,12 @@ class _Objective:
         with torch.no_grad(), Probe([*leaves, *copies]) as probe:
             out = self.fn(x, *join_tensors(copies, self.skeleton))
             again = self.fn(x, *join_tensors(copies, self.skeleton)) if look else out
+        if probe.changed():
+            raise MisuseError(
+                "the objective changes a tensor that it captures, in place, so that every evaluation is of another "
+                "function. Batch normalization does so in training mode: call module.eval(), or let it keep no running "
+                "statistics."
+            )
         self._check_output(out)
         if look:
             self._check_repeatable(out, again)
@@ -235,7 +242,8 @@ def _check_arguments(objective: Any, regularizer: Any, solver: Any, adjoint: Any
 
 def _check_start(start: Tensor, inputs: list[Tensor]) -> None:
     """Diagnose a derivative that is asked for with respect to the start alone: it is zero, and never meant."""
-    if not carries_derivative(start):
+    recording = torch.is_grad_enabled() or is_wrapped(start)
+    if not recording or not carries_derivative(start):
         return
     alone = not any(carries_derivative(t) for t in inputs)
     if alone or not graph_leaves([start]) <= graph_leaves(inputs):

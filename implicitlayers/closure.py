@@ -37,6 +37,7 @@ class Probe(TorchFunctionMode):
         self.captured: list[Tensor] = []
         self._used: set[int] = set()
         self._known = {id(t) for t in given}
+        self._versions: list[tuple[Tensor, int]] = []
         # An id is only unique among living objects, so everything seen is kept alive until the probe is dropped.
         self._alive: list[Tensor] = list(given)
 
@@ -44,12 +45,19 @@ class Probe(TorchFunctionMode):
         """Whether `t` was an argument of any operation."""
         return id(t) in self._used
 
+    def changed(self) -> bool:
+        """Whether a tensor of the surroundings was changed in place."""
+        return any(t._version != version for t, version in self._versions)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in pytree.tree_leaves((args, kwargs)):
             if isinstance(t, Tensor):
                 self._used.add(id(t))
-                if self._remember(t) and (is_wrapped(t) or carries_derivative(t)):
-                    self.captured.append(t)
+                if self._remember(t):
+                    if is_wrapped(t) or carries_derivative(t) or t.is_inference():
+                        self.captured.append(t)
+                    if not t.is_inference():
+                        self._versions.append((t, t._version))
         out = func(*args, **(kwargs or {}))
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor):

@@ -65,6 +65,11 @@ class Structure:
                 raise MisuseError(
                     f"{path} has dtype {leaf.dtype}, and only floating tensors can be solved for; {hint}."
                 )
+            if leaf.dtype in (torch.float16, torch.bfloat16):
+                raise MisuseError(
+                    f"{path} has dtype {leaf.dtype}, too coarse for a solution; solve in float32 or float64 "
+                    "(x0.float()) and convert the result."
+                )
         first = leaves[0]
         for path, leaf in zip(paths, leaves, strict=True):
             if leaf.dtype != first.dtype or leaf.device != first.device:
@@ -92,7 +97,7 @@ class Structure:
                 raise MisuseError(
                     f"the leaf of {name} at {path} is {given}, but the unknown's has shape {tuple(shape)}."
                 )
-        return self._join(leaves)
+        return self._join([leaf.to(self.dtype) for leaf in leaves])
 
     def broadcast(self, tree: Tree, name: str) -> Tensor:
         """Lay a strength out: a scalar stays 0-d; scalars per leaf and elementwise weights become a vector ``[n]``."""
@@ -100,7 +105,7 @@ class Structure:
         if isinstance(tree, (int, float)):
             return torch.tensor(float(tree), **options)
         if isinstance(tree, Tensor) and tree.ndim == 0:
-            return tree
+            return tree.to(self.dtype)
         leaves, spec = pytree.tree_flatten(tree)
         if spec != self.spec:
             raise MisuseError(
@@ -109,7 +114,9 @@ class Structure:
             )
         wide = []
         for path, leaf, shape in zip(self.paths, leaves, self.shapes, strict=True):
-            leaf = leaf if isinstance(leaf, Tensor) else torch.tensor(float(leaf), **options)
+            if not isinstance(leaf, (Tensor, int, float)) or (isinstance(leaf, Tensor) and leaf.is_complex()):
+                raise MisuseError(f"{name} at {path} is {leaf!r}; pass a real number or a real tensor.")
+            leaf = leaf.to(self.dtype) if isinstance(leaf, Tensor) else torch.tensor(float(leaf), **options)
             if leaf.ndim > len(shape) or any(
                 have not in (1, want) for have, want in zip(reversed(leaf.shape), reversed(shape), strict=False)
             ):

@@ -32,7 +32,7 @@ def _dual(t: Tensor) -> bool:
 
 def carries_derivative(t: Tensor) -> bool:
     """Whether a derivative with respect to `t` is asked for at any level: by backward, by torch.func or by a dual."""
-    if not t.is_floating_point():
+    if not (t.is_floating_point() or t.is_complex()):
         return False
     while True:
         if t.requires_grad or _dual(t):

@@ -52,7 +52,9 @@ class Progress(NamedTuple):
         residual: ‖F(x)‖.
         objective: the objective at x.
         start: the larger of ‖F(x0)‖ and ‖(∂F/∂x) x‖ there.
-        scale: (‖ΔF‖/‖Δx‖)·‖x‖ over the last step.
+        length: ‖x‖.
+        secant: ‖ΔF‖/‖Δx‖ over the last step.
+        flattest: the smallest of these so far.
         best: smallest residual so far.
         lowest: smallest objective so far.
         idle: steps since either fell.
@@ -61,7 +63,9 @@ class Progress(NamedTuple):
     residual: Tensor
     objective: Tensor
     start: Tensor
-    scale: Tensor
+    length: Tensor
+    secant: Tensor
+    flattest: Tensor
     best: Tensor
     lowest: Tensor
     idle: Tensor
@@ -75,7 +79,8 @@ class Progress(NamedTuple):
         # Next to the edge of a domain the nudge may leave it.
         start = torch.where(torch.isfinite(terms), torch.fmax(residual, terms), residual)
         idle = torch.zeros_like(residual, dtype=torch.int64)
-        return cls(residual, objective, start, torch.zeros_like(residual), residual, objective, idle)
+        none, unseen = torch.zeros_like(residual), torch.full_like(residual, torch.inf)
+        return cls(residual, objective, start, norm(x), none, unseen, residual, objective, idle)
 
     def advance(self, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], objective: Tensor) -> Progress:
         """After a step from ``old = (x, F)`` to ``new``."""
@@ -83,14 +88,17 @@ class Progress(NamedTuple):
         residual, moved = norm(new[1]), norm(new[0] - old[0])
         secant = norm(new[1] - old[1]) / torch.where(moved > 0, moved, torch.ones_like(moved))
         # A step of rounding size says nothing about the curvature.
-        telling = moved > 16 * eps * norm(new[0])
-        scale = torch.where(telling, secant * norm(new[0]), self.scale)
+        length = norm(new[0])
+        telling = moved > 16 * eps * length
+        secant = torch.where(telling, secant, self.secant)
         better = (residual < 0.99 * self.best) | (objective < self.lowest - 8 * eps * self.lowest.abs())
         return Progress(
             residual,
             objective,
             self.start,
-            scale,
+            length,
+            secant,
+            torch.where(telling, torch.fmin(self.flattest, secant), self.flattest),
             torch.fmin(residual, self.best),
             torch.fmin(objective, self.lowest),
             torch.where(better, torch.zeros_like(self.idle), self.idle + 1),
@@ -104,8 +112,12 @@ class Progress(NamedTuple):
             status = torch.where(self.idle >= patience, torch.full_like(status, Status.STALLED), status)
         if solver.rtol is not None:
             relative = max(solver.rtol, 64 * eps) if solver.rtol else 0.0
+            # A tiny step across a kink has a secant without bound, which would let any residual pass; curvature does
+            # not change that much.
+            secant = torch.fmin(self.secant, self.flattest / max(relative, eps) ** 0.5)
+            scale = secant * self.length
             # The scale of a diverging lane overflows before its residual does.
-            scale = torch.where(torch.isfinite(self.scale), torch.fmax(self.start, self.scale), self.start)
+            scale = torch.where(torch.isfinite(scale), torch.fmax(self.start, scale), self.start)
             tolerance = solver.atol + relative * scale
             status = torch.where(self.residual <= tolerance, torch.full_like(status, Status.CONVERGED), status)
         return torch.where(

@@ -105,9 +105,10 @@ class _ConjugateGradients(Algorithm[_System, _State]):
         Ap = problem.operator(p)
         pAp, pp, ApAp = dot(p, Ap), dot(p, p), dot(Ap, Ap)
         # p vanishes only together with r: the lane has converged, and a fixed number of steps carries it along unmoved.
-        done = pp <= 0
-        curvature = pAp / torch.where(done, torch.ones_like(pp), pp)
-        broken = self._breakdown(state, curvature, pAp, (ApAp / torch.where(done, 1, pp)).sqrt(), done)
+        # A preconditioner may let rᵀM⁻¹r underflow first.
+        done = (pp <= 0) | (rz <= 0)
+        curvature = pAp / torch.where(pp <= 0, 1, pp)
+        broken = self._breakdown(state, curvature, pAp, (ApAp / torch.where(pp <= 0, 1, pp)).sqrt(), done)
         moves = (broken == RUNNING) & ~done
         alpha = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype).unsqueeze(-1)
         # In a broken lane alpha is zero and p finite, so x stays; r may become NaN there, and is of no further use.

@@ -35,5 +35,5 @@ class Operator:
         """The matrices ``[*lanes, n, n]``, from n products done at once; `like` is any ``[*lanes, n]``."""
         n = like.shape[-1]
         basis = torch.eye(n, dtype=like.dtype, device=like.device)
-        columns = vmap(lambda e: self.apply(e.expand_as(like)), out_dims=-1)(basis)
-        return columns
+        # The lane is moved afterwards: out_dims=-1 returns garbage for a product that does not depend on e.
+        return vmap(lambda e: self.apply(e.expand_as(like)))(basis).movedim(0, -1)
