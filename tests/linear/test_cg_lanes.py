@@ -90,3 +90,10 @@ def test_a_limit_on_the_steps_is_never_derived_from_the_size():
     x = il.argmin(lambda x, a: (x - a) ** 2, torch.tensor(0.0, dtype=F64), a).value
     assert x.shape == ()
     close(torch.autograd.grad(x, a)[0], torch.tensor(1.0, dtype=F64), 1e-12)
+
+
+def test_more_steps_than_needed_with_a_preconditioner_that_underflows():
+    A, b = torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.ones(3)
+    solver = il.CG(rtol=None, atol=None, max_steps=100, preconditioner=lambda r: r * 1e6)
+    x = solver.solve(il.Operator(lambda y: y @ A, symmetric=True), b).x
+    torch.testing.assert_close(x, 1 / A.diagonal())
