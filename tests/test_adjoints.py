@@ -13,7 +13,7 @@ A, THETA, BATCH = spd(N), normal(N, seed=1), normal(4, N, seed=2)
 ZERO = torch.zeros(N, dtype=F64)
 
 
-def close(ours, expected, tol=1e-12):
+def assert_near(ours, expected, tol=1e-12):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tol)
 
 
@@ -51,13 +51,13 @@ def test_unrolled_is_the_loop_written_by_hand(options, steps):
 
     # The same operations in the same order: nothing but the rounding of a fused multiplication may differ.
     tol = 1e-14
-    close(layer(THETA), loop(THETA), tol)
-    close(jacrev(layer)(THETA), jacrev(loop)(THETA), tol)
-    close(jacfwd(layer)(THETA), jacrev(loop)(THETA), tol)
-    close(jacrev(jacrev(layer))(THETA), jacrev(jacrev(loop))(THETA), 1e-13)
+    assert_near(layer(THETA), loop(THETA), tol)
+    assert_near(jacrev(layer)(THETA), jacrev(loop)(THETA), tol)
+    assert_near(jacfwd(layer)(THETA), jacrev(loop)(THETA), tol)
+    assert_near(jacrev(jacrev(layer))(THETA), jacrev(jacrev(loop))(THETA), 1e-13)
     leaf = THETA.clone().requires_grad_()
     layer(leaf).sin().sum().backward()
-    close(leaf.grad, grad(lambda t: loop(t).sin().sum())(THETA), tol)
+    assert_near(leaf.grad, grad(lambda t: loop(t).sin().sum())(THETA), tol)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
@@ -69,7 +69,7 @@ def test_unrolled_is_torch_optim(options):
         coupled(x, THETA).backward()
         optimizer.step()
     ours = il.argmin(coupled, ZERO, THETA, solver=fixed(7, **options), adjoint=il.Unrolled()).value
-    close(ours, x.detach(), 1e-14)
+    assert_near(ours, x.detach(), 1e-14)
 
 
 def test_unrolled_differentiates_the_start():
@@ -77,7 +77,7 @@ def test_unrolled_differentiates_the_start():
         return il.argmin(coupled, x0, THETA, solver=fixed(4), adjoint=il.Unrolled()).value
 
     start = normal(N, seed=3)
-    close(jacrev(layer)(start), jacrev(lambda x0: hand(THETA, 4, x=x0))(start), 1e-14)
+    assert_near(jacrev(layer)(start), jacrev(lambda x0: hand(THETA, 4, x=x0))(start), 1e-14)
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
@@ -87,7 +87,7 @@ def test_unrolled_converges_to_the_implicit_derivative(solver):
         return il.argmin(coupled, ZERO, theta, solver=solver, adjoint=il.Unrolled()).value
 
     implicit = jacrev(lambda theta: newton(coupled, ZERO, theta))(THETA)
-    close(jacrev(layer)(THETA), implicit, 1e-7)
+    assert_near(jacrev(layer)(THETA), implicit, 1e-7)
 
 
 MIXTURES = {"rr": (jacrev, jacrev), "rf": (jacrev, jacfwd), "fr": (jacfwd, jacrev), "ff": (jacfwd, jacfwd)}
@@ -103,7 +103,7 @@ def test_second_derivatives_through_recorded_newton_steps(linear_solver, adjoint
         return il.argmin(coupled, ZERO, theta, solver=solver, adjoint=adjoint).value
 
     expected = jacrev(jacrev(lambda t: newton(coupled, ZERO, t)))(THETA)
-    close(outer(inner(layer))(THETA), expected, 1e-7)
+    assert_near(outer(inner(layer))(THETA), expected, 1e-7)
 
 
 def test_unrolled_lanes_stop_each_at_its_own_step():
@@ -118,10 +118,10 @@ def test_unrolled_lanes_stop_each_at_its_own_step():
     assert len(set(steps.tolist())) > 1
     assert status.tolist() == [0] * 4
     loops = [hand(theta, int(k)) for theta, k in zip(BATCH * scales, steps, strict=True)]
-    close(value, torch.stack(loops), 1e-14)
+    assert_near(value, torch.stack(loops), 1e-14)
     ours = vmap(jacrev(lambda theta: layer(theta)[0]))(BATCH * scales)
     jacobians = [jacrev(lambda t, k=k: hand(t, int(k)))(theta) for theta, k in zip(BATCH * scales, steps, strict=True)]
-    close(ours, torch.stack(jacobians), 1e-13)
+    assert_near(ours, torch.stack(jacobians), 1e-13)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
@@ -136,8 +136,8 @@ def test_unrolled_last_steps_only(options, last):
     def loop(theta):
         return hand(theta, steps, **options, detach_before=max(0, steps - last))
 
-    close(layer(THETA), hand(THETA, steps, **options), 1e-14)
-    close(jacrev(layer)(THETA), jacrev(loop)(THETA), 1e-14)
+    assert_near(layer(THETA), hand(THETA, steps, **options), 1e-14)
+    assert_near(jacrev(layer)(THETA), jacrev(loop)(THETA), 1e-14)
     start = THETA.clone().requires_grad_()
     x = il.argmin(coupled, start, BATCH[0], solver=fixed(steps), adjoint=il.Unrolled(last=last)).value
     assert not x.requires_grad
@@ -159,7 +159,7 @@ def test_unrolled_reaches_captured_tensors_and_regularizers():
 
     for argnum in (0, 1):
         expected = jacrev(loop, argnums=argnum)(THETA, lam)
-        close(jacrev(layer, argnums=argnum)(THETA, lam), expected, 1e-14)
+        assert_near(jacrev(layer, argnums=argnum)(THETA, lam), expected, 1e-14)
 
 
 # --- OneStep ------------------------------------------------------------------------------------------------
@@ -172,10 +172,10 @@ def test_one_newton_step_is_the_implicit_derivative(linear_solver):
     def layer(theta):
         return il.argmin(coupled, ZERO, theta, solver=solver, adjoint=il.OneStep()).value
 
-    close(layer(THETA), newton(coupled, ZERO, THETA), 1e-10)
-    close(jacrev(layer)(THETA), jacrev(lambda t: newton(coupled, ZERO, t))(THETA), 1e-9)
-    close(jacfwd(layer)(THETA), jacrev(lambda t: newton(coupled, ZERO, t))(THETA), 1e-9)
-    close(vmap(jacrev(layer))(BATCH), each(jacrev(lambda t: newton(coupled, ZERO, t)), BATCH), 1e-9)
+    assert_near(layer(THETA), newton(coupled, ZERO, THETA), 1e-10)
+    assert_near(jacrev(layer)(THETA), jacrev(lambda t: newton(coupled, ZERO, t))(THETA), 1e-9)
+    assert_near(jacfwd(layer)(THETA), jacrev(lambda t: newton(coupled, ZERO, t))(THETA), 1e-9)
+    assert_near(vmap(jacrev(layer))(BATCH), each(jacrev(lambda t: newton(coupled, ZERO, t)), BATCH), 1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 40])
@@ -188,9 +188,9 @@ def test_gradient_steps_are_a_truncated_neumann_series(steps):
 
     B = torch.eye(N, dtype=F64) - LR * A
     neumann = LR * sum(torch.linalg.matrix_power(B, j) for j in range(steps))
-    close(jacrev(layer)(THETA), neumann, 1e-12)
+    assert_near(jacrev(layer)(THETA), neumann, 1e-12)
     bias = jacrev(layer)(THETA) - torch.linalg.inv(A)
-    close(bias, -torch.linalg.matrix_power(B, steps) @ torch.linalg.inv(A), 1e-12)
+    assert_near(bias, -torch.linalg.matrix_power(B, steps) @ torch.linalg.inv(A), 1e-12)
     if steps == 40:
         assert bias.abs().max() < 0.01
 
@@ -237,14 +237,14 @@ def by_hand(theta, x, damping=0.1):
 
 def test_composite_is_its_objective():
     x = START
-    close(COMPOSITE(x, TARGET), misfit(model(x, TARGET), TARGET))
+    assert_near(COMPOSITE(x, TARGET), misfit(model(x, TARGET), TARGET))
 
 
 def test_gauss_newton_is_the_dense_formula():
     x = stopped(TARGET)
     expected = by_hand(TARGET, x)
-    close(jacrev(stopped)(TARGET), expected, 1e-10)
-    close(jacfwd(stopped)(TARGET), expected, 1e-10)
+    assert_near(jacrev(stopped)(TARGET), expected, 1e-10)
+    assert_near(jacfwd(stopped)(TARGET), expected, 1e-10)
     by_hessian = jacrev(lambda t: stopped(t, 0.5, "hessian"))(TARGET)
     assert (by_hessian - by_hand(TARGET, x, 0.5)).abs().max() > 1e-2
 
@@ -252,7 +252,7 @@ def test_gauss_newton_is_the_dense_formula():
 def test_gauss_newton_lanes():
     batch = TARGET + 0.1 * normal(3, 4, seed=5)
     expected = torch.stack([by_hand(theta, stopped(theta)) for theta in batch])
-    close(vmap(jacrev(stopped))(batch), expected, 1e-10)
+    assert_near(vmap(jacrev(stopped))(batch), expected, 1e-10)
 
 
 def test_gauss_newton_on_linear_least_squares_is_exact_and_of_any_order():
@@ -267,10 +267,10 @@ def test_gauss_newton_on_linear_least_squares_is_exact_and_of_any_order():
         return torch.linalg.solve(X.T @ X, X.T @ y.sin())
 
     y = normal(6, seed=7)
-    close(layer(y), oracle(y), 1e-9)
-    close(jacrev(layer)(y), jacrev(oracle)(y), 1e-9)
-    close(jacrev(jacrev(layer))(y), jacrev(jacrev(oracle))(y), 1e-9)
-    close(jacfwd(jacrev(layer))(y), jacrev(jacrev(oracle))(y), 1e-9)
+    assert_near(layer(y), oracle(y), 1e-9)
+    assert_near(jacrev(layer)(y), jacrev(oracle)(y), 1e-9)
+    assert_near(jacrev(jacrev(layer))(y), jacrev(jacrev(oracle))(y), 1e-9)
+    assert_near(jacfwd(jacrev(layer))(y), jacrev(jacrev(oracle))(y), 1e-9)
 
 
 def test_second_derivatives_through_gauss_newton_run():
@@ -291,10 +291,10 @@ def test_composite_with_a_tree_between_model_and_loss_and_captured_tensors():
         return il.argmin(two, ZERO, solver=il.Newton(**TIGHT), adjoint=adjoint).value
 
     theta = torch.tensor([1.5, 0.7, 3.0], dtype=F64)
-    close(layer(theta), torch.stack([1 / theta[0], 1 / theta[1], theta[2] / 2]), 1e-9)
+    assert_near(layer(theta), torch.stack([1 / theta[0], 1 / theta[1], theta[2] / 2]), 1e-9)
     expected = torch.diag(torch.stack([-1 / theta[0] ** 2, -1 / theta[1] ** 2, torch.tensor(0.5, dtype=F64)]))
-    close(jacrev(layer)(theta), expected, 1e-9)
-    close(jacfwd(layer)(theta), expected, 1e-9)
+    assert_near(jacrev(layer)(theta), expected, 1e-9)
+    assert_near(jacfwd(layer)(theta), expected, 1e-9)
 
 
 def test_gauss_newton_is_never_indefinite_where_the_hessian_is():
@@ -308,7 +308,7 @@ def test_gauss_newton_is_never_indefinite_where_the_hessian_is():
     adjoint = il.Implicit(curvature="gauss_newton", on_failure="raise")
     good = il.argmin(objective, start, a, solver=solver, adjoint=adjoint).value
     # (2x)⁻²·2x at x = 0.1.
-    close(torch.autograd.grad(good.sum(), a)[0], torch.tensor([5.0], dtype=F64), 1e-4)
+    assert_near(torch.autograd.grad(good.sum(), a)[0], torch.tensor([5.0], dtype=F64), 1e-4)
 
 
 @pytest.mark.parametrize("composite", [False, True])
@@ -324,9 +324,9 @@ def test_the_hessian_is_the_hessian_on_the_quartic_before_convergence(composite)
 
     a = torch.tensor(1.0, dtype=F64)
     assert (layer(a) - a).abs() > 0.5
-    close(jacrev(layer)(a), torch.ones_like(a), 1e-12)
-    close(jacfwd(layer)(a), torch.ones_like(a), 1e-12)
+    assert_near(jacrev(layer)(a), torch.ones_like(a), 1e-12)
+    assert_near(jacfwd(layer)(a), torch.ones_like(a), 1e-12)
     if composite:
         # Asked for, the other curvature is given: J = -2(a - x), B = 2, so 8(a - x)² in place of 12(a - x)².
         gauss_newton = il.Implicit(il.CG(rtol=1e-13), curvature="gauss_newton")
-        close(jacrev(lambda a: layer(a, gauss_newton))(a), torch.tensor(1.5, dtype=F64), 1e-12)
+        assert_near(jacrev(lambda a: layer(a, gauss_newton))(a), torch.tensor(1.5, dtype=F64), 1e-12)

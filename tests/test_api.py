@@ -17,7 +17,7 @@ NEWTON = il.Newton(il.CG(rtol=1e-11), **TIGHT)
 SPREAD = BATCH * torch.tensor([0.03, 1.0, 3.0, 0.3], dtype=F64)[:, None]
 
 
-def close(ours, expected, tol=1e-9):
+def assert_near(ours, expected, tol=1e-9):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tol)
 
 
@@ -42,8 +42,8 @@ def test_a_batch_is_the_loop_in_values_steps_and_statuses(solver):
     assert status.tolist() == [status.item() for _, status, _ in loop]
     assert len(set(stats.steps.tolist())) > 1
     # Rounding may differ where a kernel sums many lanes in another order than one.
-    close(value, torch.stack([value for value, _, _ in loop]), 1e-14)
-    close(stats.objective, torch.stack([stats.objective for _, _, stats in loop]), 1e-14)
+    assert_near(value, torch.stack([value for value, _, _ in loop]), 1e-14)
+    assert_near(stats.objective, torch.stack([stats.objective for _, _, stats in loop]), 1e-14)
 
 
 @pytest.mark.parametrize("policy", ["ignore", "nan"])
@@ -72,7 +72,7 @@ def test_permuted_lanes_give_permuted_answers(solver):
     for one, other in zip(straight, permuted, strict=True):
         assert torch.equal(one[order], other)
     gradient = grad(lambda b: layer(b)[0].sin().sum())
-    close(gradient(SPREAD)[order], gradient(SPREAD[order]), 1e-12)
+    assert_near(gradient(SPREAD)[order], gradient(SPREAD[order]), 1e-12)
 
 
 def test_lanes_in_every_position():
@@ -81,14 +81,14 @@ def test_lanes_in_every_position():
 
     expected = torch.stack([newton(coupled, ZERO, theta) for theta in BATCH])
     starts = normal(4, 3, seed=8)
-    close(vmap(layer)(starts, BATCH), expected)
-    close(vmap(layer, in_dims=(None, 0))(ZERO, BATCH), expected)
-    close(vmap(layer, in_dims=(0, None))(starts, BATCH[0]), expected[:1].expand(4, 3))
-    close(vmap(layer, in_dims=(1, 1))(starts.T, BATCH.T), expected)
+    assert_near(vmap(layer)(starts, BATCH), expected)
+    assert_near(vmap(layer, in_dims=(None, 0))(ZERO, BATCH), expected)
+    assert_near(vmap(layer, in_dims=(0, None))(starts, BATCH[0]), expected[:1].expand(4, 3))
+    assert_near(vmap(layer, in_dims=(1, 1))(starts.T, BATCH.T), expected)
     outer = vmap(vmap(layer, in_dims=(None, 0)), in_dims=(0, None))
-    close(outer(starts, BATCH), expected.expand(4, 4, 3))
+    assert_near(outer(starts, BATCH), expected.expand(4, 4, 3))
     crossed = vmap(vmap(layer, in_dims=(0, None)), in_dims=(None, 0))
-    close(crossed(starts, BATCH), expected[:, None].expand(4, 4, 3))
+    assert_near(crossed(starts, BATCH), expected[:, None].expand(4, 4, 3))
 
 
 def test_lanes_of_one_parameter_and_not_of_another():
@@ -98,12 +98,12 @@ def test_lanes_of_one_parameter_and_not_of_another():
         return il.argmin(quadratic, ZERO, A, b, solver=NEWTON, adjoint=ADJOINT).value
 
     table = vmap(vmap(layer, in_dims=(None, 0)), in_dims=(0, None))
-    close(table(A, bs), torch.linalg.solve(A[:, None], bs[None].unsqueeze(-1)).squeeze(-1))
+    assert_near(table(A, bs), torch.linalg.solve(A[:, None], bs[None].unsqueeze(-1)).squeeze(-1))
     jacobians = vmap(vmap(jacrev(layer, argnums=1), in_dims=(None, 0)), in_dims=(0, None))(A, bs)
-    close(jacobians, torch.linalg.inv(A)[:, None].expand(2, 4, 3, 3))
+    assert_near(jacobians, torch.linalg.inv(A)[:, None].expand(2, 4, 3, 3))
     # A total over lanes: gradients of what the lanes share are summed.
     total = grad(lambda A, b: table(A, b).sum(), argnums=(0, 1))(A, bs)
-    close(total[1], torch.linalg.inv(A).sum(1).sum(0).expand(4, 3))
+    assert_near(total[1], torch.linalg.inv(A).sum(1).sum(0).expand(4, 3))
 
 
 def test_a_solution_can_be_returned_from_vmap():
@@ -117,7 +117,7 @@ def test_a_solution_with_aux_can_be_returned_from_vmap():
     layer = lambda t: il.argmin(lambda x, t: (coupled(x, t), x * t), ZERO, t, solver=NEWTON, has_aux=True)  # noqa: E731
     solution = vmap(layer)(BATCH)
     assert isinstance(solution, il.Solution)
-    close(solution.aux, solution.value * BATCH, 1e-15)
+    assert_near(solution.aux, solution.value * BATCH, 1e-15)
 
 
 # --- the start -------------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def test_answer_and_derivative_do_not_depend_on_the_start(solver):
 
     for seed in range(3):
         start = normal(3, seed=seed)
-        close(layer(THETA, start), newton(coupled, ZERO, THETA))
-        close(jacrev(layer)(THETA, start), jacrev(lambda t: newton(coupled, ZERO, t))(THETA))
+        assert_near(layer(THETA, start), newton(coupled, ZERO, THETA))
+        assert_near(jacrev(layer)(THETA, start), jacrev(lambda t: newton(coupled, ZERO, t))(THETA))
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
@@ -141,7 +141,7 @@ def test_starting_at_the_solution_is_converged_and_differentiable(solver):
     solution = il.argmin(coupled, x, theta, solver=solver, adjoint=ADJOINT)
     assert solution.status.item() == il.Status.CONVERGED
     (g,) = torch.autograd.grad(solution.value.sum(), theta)
-    close(g, grad(lambda t: newton(coupled, ZERO, t).sum())(THETA))
+    assert_near(g, grad(lambda t: newton(coupled, ZERO, t).sum())(THETA))
 
 
 def test_the_start_is_not_written_to():
@@ -163,22 +163,22 @@ def test_aux_is_evaluated_at_the_solution_and_differentiable():
         return il.argmin(objective, ZERO, theta, solver=NEWTON, adjoint=ADJOINT, has_aux=True).aux
 
     x = newton(coupled, ZERO, THETA)
-    close(aux(THETA)["prediction"], x * THETA)
+    assert_near(aux(THETA)["prediction"], x * THETA)
     assert aux(THETA)["note"] == "not a tensor"
     # The total derivative: through the solution, and through the parameter that aux uses itself.
     expected = jacrev(lambda t: newton(coupled, ZERO, t) * t)(THETA)
-    close(jacrev(lambda t: aux(t)["prediction"])(THETA), expected)
+    assert_near(jacrev(lambda t: aux(t)["prediction"])(THETA), expected)
     leaf = THETA.clone().requires_grad_()
     aux(leaf)["prediction"].sum().backward()
-    close(leaf.grad, expected.sum(0))
+    assert_near(leaf.grad, expected.sum(0))
 
 
 def test_aux_of_a_composite():
     objective = il.Composite(lambda x, t: x - t, lambda z, t: (z.square().sum() / 2, z * 2))
     adjoint = il.Implicit(curvature="gauss_newton")
     solution = il.argmin(objective, ZERO, THETA, solver=NEWTON, adjoint=adjoint, has_aux=True)
-    close(solution.value, THETA)
-    close(solution.aux, torch.zeros_like(THETA))
+    assert_near(solution.value, THETA)
+    assert_near(solution.aux, torch.zeros_like(THETA))
 
 
 def test_no_aux_is_none():
@@ -260,8 +260,8 @@ def test_stats_are_those_of_the_solution():
     solution = il.argmin(coupled, ZERO, THETA, regularizer=il.Ridge(0.3), solver=il.LBFGS(rtol=1e-5))
     x = solution.value
     total = lambda x: coupled(x, THETA) + 0.15 * x.square().sum()  # noqa: E731
-    close(solution.stats.objective, total(x), 1e-14)
-    close(solution.stats.residual, grad(total)(x).norm(), 1e-14)
+    assert_near(solution.stats.objective, total(x), 1e-14)
+    assert_near(solution.stats.residual, grad(total)(x).norm(), 1e-14)
     assert 1e-12 < solution.stats.residual < 1e-4
     assert solution.stats.steps.dtype == torch.int64
 
@@ -271,8 +271,8 @@ def test_defaults_solve_and_differentiate():
     A = spd(3)
     solution = il.argmin(quadratic, ZERO, A, b)
     # The default tolerance is 1e-8.
-    close(solution.value, torch.linalg.solve(A, b), 1e-7)
-    close(torch.autograd.grad(solution.value.sum(), b)[0], torch.linalg.inv(A).sum(0), 1e-7)
+    assert_near(solution.value, torch.linalg.solve(A, b), 1e-7)
+    assert_near(torch.autograd.grad(solution.value.sum(), b)[0], torch.linalg.inv(A).sum(0), 1e-7)
 
 
 def test_nothing_is_recorded_where_no_derivative_is_asked_for():
@@ -280,9 +280,9 @@ def test_nothing_is_recorded_where_no_derivative_is_asked_for():
     theta = THETA.clone().requires_grad_()
     with torch.no_grad():
         assert not il.argmin(coupled, ZERO, theta).value.requires_grad
-        close(il.argmin(coupled, ZERO, theta).value, newton(coupled, ZERO, THETA), 1e-7)
+        assert_near(il.argmin(coupled, ZERO, theta).value, newton(coupled, ZERO, THETA), 1e-7)
 
 
 def test_inference_mode_solves_too():
     with torch.inference_mode():
-        close(il.argmin(coupled, ZERO, THETA).value, newton(coupled, ZERO, THETA), 1e-7)
+        assert_near(il.argmin(coupled, ZERO, THETA).value, newton(coupled, ZERO, THETA), 1e-7)

@@ -18,7 +18,7 @@ WEIGHTS = normal(M, seed=3).square() + 0.5
 NEWTON = il.Newton(il.CG(rtol=1e-11), **TIGHT)
 
 
-def close(ours, expected):
+def assert_near(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOL)
 
 
@@ -39,22 +39,24 @@ def logarithm(theta):
 
 
 def test_the_oracles_agree_with_the_formulas():
-    close(jacrev(problems.ridge_solution, argnums=2)(X, Y, LAM), problems.ridge_dlam(X, Y, LAM))
+    assert_near(jacrev(problems.ridge_solution, argnums=2)(X, Y, LAM), problems.ridge_dlam(X, Y, LAM))
     # Not jacfwd(jacfwd(.)): PyTorch's own linalg.solve loses half of the second derivative there.
-    close(jacrev(jacrev(problems.ridge_solution, argnums=2), argnums=2)(X, Y, LAM), problems.ridge_d2lam(X, Y, LAM))
-    close(jacrev(problems.weighted_solution)(WEIGHTS, X, Y), problems.weighted_dw(WEIGHTS, X, Y))
+    assert_near(
+        jacrev(jacrev(problems.ridge_solution, argnums=2), argnums=2)(X, Y, LAM), problems.ridge_d2lam(X, Y, LAM)
+    )
+    assert_near(jacrev(problems.weighted_solution)(WEIGHTS, X, Y), problems.weighted_dw(WEIGHTS, X, Y))
 
 
 def test_the_newton_oracle_agrees_with_the_closed_forms():
     def by_newton(lam):
         return newton(lambda w, lam: problems.ridge_objective(w, X, Y, lam), zeros(), lam, steps=1, recorded=2)
 
-    close(by_newton(LAM), problems.ridge_solution(X, Y, LAM))
-    close(jacrev(by_newton)(LAM), problems.ridge_dlam(X, Y, LAM))
-    close(jacfwd(jacfwd(by_newton))(LAM), problems.ridge_d2lam(X, Y, LAM))
+    assert_near(by_newton(LAM), problems.ridge_solution(X, Y, LAM))
+    assert_near(jacrev(by_newton)(LAM), problems.ridge_dlam(X, Y, LAM))
+    assert_near(jacfwd(jacfwd(by_newton))(LAM), problems.ridge_d2lam(X, Y, LAM))
     theta = torch.tensor([1.5, 2.0], dtype=F64)
     by_newton = lambda t: newton(problems.exponential, torch.zeros(2, dtype=F64), t)  # noqa: E731
-    close(jacrev(jacrev(by_newton))(theta), jacrev(jacrev(torch.log))(theta))
+    assert_near(jacrev(jacrev(by_newton))(theta), jacrev(jacrev(torch.log))(theta))
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
@@ -62,18 +64,18 @@ def test_ridge_in_its_strength(solver):
     def layer(lam):
         return ridge(X, Y, lam, solver)
 
-    close(layer(LAM), problems.ridge_solution(X, Y, LAM))
-    close(jacrev(layer)(LAM), problems.ridge_dlam(X, Y, LAM))
-    close(jacfwd(layer)(LAM), problems.ridge_dlam(X, Y, LAM))
-    close(jacfwd(jacfwd(layer))(LAM), problems.ridge_d2lam(X, Y, LAM))
-    close(jacrev(jacrev(layer))(LAM), problems.ridge_d2lam(X, Y, LAM))
+    assert_near(layer(LAM), problems.ridge_solution(X, Y, LAM))
+    assert_near(jacrev(layer)(LAM), problems.ridge_dlam(X, Y, LAM))
+    assert_near(jacfwd(layer)(LAM), problems.ridge_dlam(X, Y, LAM))
+    assert_near(jacfwd(jacfwd(layer))(LAM), problems.ridge_d2lam(X, Y, LAM))
+    assert_near(jacrev(jacrev(layer))(LAM), problems.ridge_d2lam(X, Y, LAM))
 
 
 def test_ridge_in_data_and_targets():
     for mode in (jacrev, jacfwd):
         ours = mode(ridge, argnums=(0, 1, 2))(X, Y, LAM)
         for mine, expected in zip(ours, jacrev(problems.ridge_solution, argnums=(0, 1, 2))(X, Y, LAM), strict=True):
-            close(mine, expected)
+            assert_near(mine, expected)
 
 
 def test_ridge_mixed_second_derivatives():
@@ -83,29 +85,29 @@ def test_ridge_mixed_second_derivatives():
     ours, expected = (hessian(total(f), argnums=(0, 1))(Y, LAM) for f in (ridge, problems.ridge_solution))
     for mine, row in zip(ours, expected, strict=True):
         for block, truth in zip(mine, row, strict=True):
-            close(block, truth)
+            assert_near(block, truth)
 
 
 def test_weighted_least_squares_in_its_weights():
-    close(weighted(WEIGHTS, X, Y), problems.weighted_solution(WEIGHTS, X, Y))
-    close(jacrev(weighted)(WEIGHTS, X, Y), problems.weighted_dw(WEIGHTS, X, Y))
-    close(jacfwd(weighted)(WEIGHTS, X, Y), problems.weighted_dw(WEIGHTS, X, Y))
+    assert_near(weighted(WEIGHTS, X, Y), problems.weighted_solution(WEIGHTS, X, Y))
+    assert_near(jacrev(weighted)(WEIGHTS, X, Y), problems.weighted_dw(WEIGHTS, X, Y))
+    assert_near(jacfwd(weighted)(WEIGHTS, X, Y), problems.weighted_dw(WEIGHTS, X, Y))
     total = lambda f: lambda w: f(w, X, Y).cos().sum()  # noqa: E731
-    close(hessian(total(weighted))(WEIGHTS), jacrev(jacrev(total(problems.weighted_solution)))(WEIGHTS))
+    assert_near(hessian(total(weighted))(WEIGHTS), jacrev(jacrev(total(problems.weighted_solution)))(WEIGHTS))
 
 
 def test_weighted_least_squares_over_many_weights():
     batch = normal(5, M, seed=4).square() + 0.5
     ours = vmap(weighted, in_dims=(0, None, None))(batch, X, Y)
-    close(ours, each(lambda w: problems.weighted_solution(w, X, Y), batch))
+    assert_near(ours, each(lambda w: problems.weighted_solution(w, X, Y), batch))
     ours = vmap(jacrev(weighted), in_dims=(0, None, None))(batch, X, Y)
-    close(ours, each(lambda w: problems.weighted_dw(w, X, Y), batch))
+    assert_near(ours, each(lambda w: problems.weighted_dw(w, X, Y), batch))
 
 
 def test_derivatives_of_the_logarithm_up_to_the_fifth():
     theta = torch.tensor(1.7, dtype=F64)
     f, expected = (lambda t: logarithm(t.reshape(1)).sum()), theta.log()
-    close(f(theta), expected)
+    assert_near(f(theta), expected)
     for order, truth in enumerate([1 / theta, -(theta**-2), 2 * theta**-3, -6 * theta**-4], start=1):
         f = grad(f)
         torch.testing.assert_close(f(theta), truth, rtol=0, atol=TOL, msg=f"derivative of order {order}")
@@ -119,8 +121,8 @@ def test_quadratic_in_its_matrix():
 
     # The objective sees the symmetric part of A, and so does its derivative.
     expected = jacrev(lambda A: torch.linalg.solve((A + A.T) / 2, b))(A)
-    close(jacrev(layer)(A), expected)
-    close(jacfwd(layer)(A), expected)
+    assert_near(jacrev(layer)(A), expected)
+    assert_near(jacfwd(layer)(A), expected)
 
 
 def himmelblau(x, theta):
@@ -148,8 +150,8 @@ def test_each_minimum_of_himmelblau_has_its_own_derivative(start, minimum, solve
     torch.testing.assert_close(x, torch.tensor(minimum, dtype=F64), rtol=0, atol=1e-11)
     H = hessian(himmelblau)(x, theta)
     expected = -torch.linalg.solve(H, jacfwd(grad(himmelblau), argnums=1)(x, theta))
-    close(jacrev(layer)(theta), expected)
-    close(jacfwd(layer)(theta), expected)
+    assert_near(jacrev(layer)(theta), expected)
+    assert_near(jacfwd(layer)(theta), expected)
 
 
 def rosenbrock(x, theta):

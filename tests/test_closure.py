@@ -24,14 +24,14 @@ def solve(objective, *params, x0=ZERO):
     return il.argmin(objective, x0, *params, solver=NEWTON, adjoint=ADJOINT).value
 
 
-def close(ours, expected):
+def assert_near(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
 def test_module_parameters_get_their_grad():
     module = Coupled(THETA)
     solve(module).sin().sum().backward()
-    close(module.theta.grad, expected_gradient(THETA))
+    assert_near(module.theta.grad, expected_gradient(THETA))
 
 
 def test_module_inside_a_closure_and_twice():
@@ -39,7 +39,7 @@ def test_module_inside_a_closure_and_twice():
     first = solve(lambda x: module(x))
     second = solve(lambda x: module(x) + 0.0)
     (first.sin().sum() + second.sin().sum()).backward()
-    close(module.theta.grad, 2 * expected_gradient(THETA))
+    assert_near(module.theta.grad, 2 * expected_gradient(THETA))
 
 
 def test_bound_methods_and_partials():
@@ -51,16 +51,16 @@ def test_bound_methods_and_partials():
             return coupled(x, self.theta)
 
     theta = THETA.clone().requires_grad_()
-    close(torch.autograd.grad(solve(Problem(theta).objective).sin().sum(), theta)[0], expected_gradient(THETA))
+    assert_near(torch.autograd.grad(solve(Problem(theta).objective).sin().sum(), theta)[0], expected_gradient(THETA))
     partial = functools.partial(coupled, theta=theta)
-    close(torch.autograd.grad(solve(partial).sin().sum(), theta)[0], expected_gradient(THETA))
+    assert_near(torch.autograd.grad(solve(partial).sin().sum(), theta)[0], expected_gradient(THETA))
 
 
 def test_containers_and_non_leaves():
     theta = THETA.clone().requires_grad_()
     bag = {"scaled": [theta * 3]}
     x = solve(lambda x: coupled(x, torch.stack([bag["scaled"][0][i] / 3 for i in range(3)])))
-    close(torch.autograd.grad(x.sin().sum(), theta)[0], expected_gradient(THETA))
+    assert_near(torch.autograd.grad(x.sin().sum(), theta)[0], expected_gradient(THETA))
 
 
 def test_tensor_that_is_passed_and_captured_gets_both_parts():
@@ -68,26 +68,26 @@ def test_tensor_that_is_passed_and_captured_gets_both_parts():
     x = solve(lambda x, t: coupled(x, t) + (x * theta).sum(), theta)
     (g,) = torch.autograd.grad(x.sin().sum(), theta)
     both = lambda x, t: coupled(x, t) + (x * t).sum()  # noqa: E731
-    close(g, grad(lambda t: newton(both, ZERO, t).sin().sum())(THETA))
+    assert_near(g, grad(lambda t: newton(both, ZERO, t).sin().sum())(THETA))
 
 
 def test_same_tensor_passed_twice():
     theta = THETA.clone().requires_grad_()
     x = solve(lambda x, a, b: coupled(x, (a + b) / 2), theta, theta)
-    close(torch.autograd.grad(x.sin().sum(), theta)[0], expected_gradient(THETA))
+    assert_near(torch.autograd.grad(x.sin().sum(), theta)[0], expected_gradient(THETA))
 
 
 def test_keyword_arguments_of_torch_functions():
     theta = THETA.clone().requires_grad_()
     x = solve(lambda x: torch.add(input=x, other=theta, alpha=-2).square().sum() / 2)
-    close(torch.autograd.grad(x.sum(), theta)[0], torch.full((3,), 2.0, dtype=F64))
+    assert_near(torch.autograd.grad(x.sum(), theta)[0], torch.full((3,), 2.0, dtype=F64))
 
 
 def test_views_of_a_captured_tensor():
     theta = normal(2, 3, seed=4).requires_grad_()
     x = solve(lambda x: (x - theta[0] * theta.T[:, 1]).square().sum())
     expected = torch.stack([theta[1], theta[0]]).detach()
-    close(torch.autograd.grad(x.sum(), theta)[0], expected)
+    assert_near(torch.autograd.grad(x.sum(), theta)[0], expected)
 
 
 def test_network_with_several_parameters_and_a_buffer():
@@ -110,13 +110,13 @@ def test_network_with_several_parameters_and_a_buffer():
         direction = normal(*parameter.shape, seed=5)
         oracle = lambda c, replaced=replaced: newton(lambda x, p: replaced(x, p), ZERO, c).sin().sum()  # noqa: E731
         slope = torch.func.jvp(oracle, (parameter.detach(),), (direction,))[1]
-        close((parameter.grad * direction).sum(), slope)
+        assert_near((parameter.grad * direction).sum(), slope)
 
 
 def test_captured_lanes():
     batch = normal(4, 3, seed=6)
     ours = vmap(lambda theta: solve(lambda x: coupled(x, theta)))(batch)
-    close(ours, each(lambda theta: newton(coupled, ZERO, theta), batch))
+    assert_near(ours, each(lambda theta: newton(coupled, ZERO, theta), batch))
 
 
 def test_captured_inside_two_vmaps_at_different_levels():
@@ -126,9 +126,9 @@ def test_captured_inside_two_vmaps_at_different_levels():
         return vmap(lambda column: solve(lambda x: coupled(x, row * column)))(columns)
 
     expected = torch.stack([torch.stack([newton(coupled, ZERO, r * c) for c in columns]) for r in rows])
-    close(vmap(layer)(rows), expected)
+    assert_near(vmap(layer)(rows), expected)
     gradient = grad(lambda rows: vmap(layer)(rows).sum())(rows)
-    close(
+    assert_near(
         gradient,
         grad(lambda rows: each(lambda r: each(lambda c: newton(coupled, ZERO, r * c), columns), rows).sum())(rows),
     )
@@ -141,7 +141,7 @@ def test_vmap_over_functional_parameters():
         return solve(lambda x: torch.func.functional_call(MODULE, {"theta": theta}, (x,)))
 
     ours = grad(lambda b: vmap(layer)(b).sin().sum())(batch)
-    close(ours, each(expected_gradient, batch))
+    assert_near(ours, each(expected_gradient, batch))
     assert MODULE.theta.grad is None
 
 
@@ -152,7 +152,7 @@ def test_captured_by_a_composite_in_both_halves():
         adjoint = il.Implicit(il.CG(rtol=1e-13), curvature=curvature)
         x = il.argmin(objective, ZERO, solver=NEWTON, adjoint=adjoint).value
         # x = θ, whose derivative is the identity.
-        close(torch.autograd.grad(x.sum(), theta)[0], torch.ones(3, dtype=F64))
+        assert_near(torch.autograd.grad(x.sum(), theta)[0], torch.ones(3, dtype=F64))
 
 
 def test_tensors_without_derivative_stay_what_they_are():
@@ -169,7 +169,7 @@ def test_tensors_without_derivative_stay_what_they_are():
 
     x = solve(objective)
     (g,) = torch.autograd.grad(x.sin().sum(), theta)
-    close(g, grad(lambda t: newton(oracle, ZERO, t).sin().sum())(THETA))
+    assert_near(g, grad(lambda t: newton(oracle, ZERO, t).sin().sum())(THETA))
 
 
 @pytest.mark.parametrize("form", ["constant", "number"])
@@ -183,7 +183,7 @@ def test_parameters_that_are_no_tensors(form):
         return ((x - p["t"]) ** p["power"]).sum() / (2 if form == "number" else torch.tensor(2.0, dtype=F64))
 
     x = solve(objective, *params)
-    close(torch.autograd.grad(x.sum(), theta)[0], torch.ones(3, dtype=F64))
+    assert_near(torch.autograd.grad(x.sum(), theta)[0], torch.ones(3, dtype=F64))
 
 
 def test_attributes_changed_after_the_call_do_not_matter_to_the_backward():
@@ -192,4 +192,4 @@ def test_attributes_changed_after_the_call_do_not_matter_to_the_backward():
     with torch.no_grad():
         before = module.theta.clone()
     x.sin().sum().backward()
-    close(module.theta.grad, expected_gradient(before))
+    assert_near(module.theta.grad, expected_gradient(before))

@@ -15,7 +15,7 @@ A, B, THETA = spd(N), normal(N, seed=1), normal(N, seed=2)
 NEWTON = il.Newton(il.CG(rtol=1e-11), **TIGHT)
 
 
-def close(ours, expected):
+def assert_near(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOL)
 
 
@@ -56,10 +56,10 @@ def proximal_oracle(wide):
 def test_proximal_first_derivatives(kind):
     make, wide = STRENGTHS[kind]
     layer, oracle = proximal(make), proximal_oracle(wide)
-    close(layer(VALUES, THETA), oracle(VALUES, THETA))
+    assert_near(layer(VALUES, THETA), oracle(VALUES, THETA))
     for mode in (jacrev, jacfwd):
         for argnum in (0, 1):
-            close(mode(layer, argnums=argnum)(VALUES, THETA), jacrev(oracle, argnums=argnum)(VALUES, THETA))
+            assert_near(mode(layer, argnums=argnum)(VALUES, THETA), jacrev(oracle, argnums=argnum)(VALUES, THETA))
 
 
 @pytest.mark.parametrize("kind", STRENGTHS)
@@ -72,7 +72,7 @@ def test_proximal_second_derivatives(kind):
     ours = hessian(total(proximal(make)), argnums=(0, 1))(VALUES, THETA)
     expected = jacrev(jacrev(total(proximal_oracle(wide)), argnums=(0, 1)), argnums=(0, 1))(VALUES, THETA)
     for mine, truth in zip(pytree.tree_leaves(ours), pytree.tree_leaves(expected), strict=True):
-        close(mine, truth)
+        assert_near(mine, truth)
 
 
 @pytest.mark.parametrize("kind", STRENGTHS)
@@ -80,10 +80,10 @@ def test_ridge_is_proximal_to_the_origin(kind):
     make, wide = STRENGTHS[kind]
     layer = lambda s: solve(il.Ridge(make(s)))  # noqa: E731
     oracle = lambda s: proximal_solution(A, B, wide(s), torch.zeros(N, dtype=F64))  # noqa: E731
-    close(layer(VALUES), oracle(VALUES))
-    close(jacrev(layer)(VALUES), jacrev(oracle)(VALUES))
-    close(jacfwd(layer)(VALUES), jacrev(oracle)(VALUES))
-    close(jacfwd(jacrev(layer))(VALUES), jacrev(jacrev(oracle))(VALUES))
+    assert_near(layer(VALUES), oracle(VALUES))
+    assert_near(jacrev(layer)(VALUES), jacrev(oracle)(VALUES))
+    assert_near(jacfwd(layer)(VALUES), jacrev(oracle)(VALUES))
+    assert_near(jacfwd(jacrev(layer))(VALUES), jacrev(jacrev(oracle))(VALUES))
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
@@ -96,12 +96,12 @@ def test_linear_imaml(solver):
         return solve(il.Proximal(tree(theta), lam), solver)
 
     x = layer(lam, THETA)
-    close(x, M @ (B + lam * THETA))
-    close(jacrev(layer, argnums=1)(lam, THETA), lam * M)
-    close(jacrev(layer)(lam, THETA), M @ (THETA - x))
-    close(jacfwd(layer)(lam, THETA), M @ (THETA - x))
-    close(jacrev(jacrev(layer))(lam, THETA), -2 * M @ M @ (THETA - x))
-    close(jacfwd(jacfwd(layer))(lam, THETA), -2 * M @ M @ (THETA - x))
+    assert_near(x, M @ (B + lam * THETA))
+    assert_near(jacrev(layer, argnums=1)(lam, THETA), lam * M)
+    assert_near(jacrev(layer)(lam, THETA), M @ (THETA - x))
+    assert_near(jacfwd(layer)(lam, THETA), M @ (THETA - x))
+    assert_near(jacrev(jacrev(layer))(lam, THETA), -2 * M @ M @ (THETA - x))
+    assert_near(jacfwd(jacfwd(layer))(lam, THETA), -2 * M @ M @ (THETA - x))
 
 
 def test_backward_reaches_strength_and_anchor_as_leaves():
@@ -111,8 +111,8 @@ def test_backward_reaches_strength_and_anchor_as_leaves():
     solve(il.Proximal(tree(theta), lam)).backward(v)
     M = proximal_inverse(A, lam.detach())
     x = proximal_solution(A, B, lam.detach(), THETA)
-    close(theta.grad, lam.detach() * M @ v)
-    close(lam.grad, v @ M @ (THETA - x))
+    assert_near(theta.grad, lam.detach() * M @ v)
+    assert_near(lam.grad, v @ M @ (THETA - x))
 
 
 def test_sums():
@@ -124,11 +124,11 @@ def test_sums():
     def oracle(one, two, theta):
         return torch.linalg.solve(A + (one + two + 0.25) * torch.eye(N, dtype=F64), B + one * theta)
 
-    close(layer(one, two, THETA), oracle(one, two, THETA))
+    assert_near(layer(one, two, THETA), oracle(one, two, THETA))
     for argnum in (0, 1, 2):
         expected = jacrev(oracle, argnums=argnum)(one, two, THETA)
-        close(jacrev(layer, argnums=argnum)(one, two, THETA), expected)
-        close(jacfwd(layer, argnums=argnum)(one, two, THETA), expected)
+        assert_near(jacrev(layer, argnums=argnum)(one, two, THETA), expected)
+        assert_near(jacfwd(layer, argnums=argnum)(one, two, THETA), expected)
 
 
 def test_a_tensor_shared_by_objective_and_regularizer_gets_both_parts():
@@ -139,8 +139,8 @@ def test_a_tensor_shared_by_objective_and_regularizer_gets_both_parts():
         return proximal_solution(A, s * B, s, s * THETA)
 
     s = VALUES[0]
-    close(jacrev(layer)(s), jacrev(oracle)(s))
-    close(jacfwd(jacrev(layer))(s), jacrev(jacrev(oracle))(s))
+    assert_near(jacrev(layer)(s), jacrev(oracle)(s))
+    assert_near(jacfwd(jacrev(layer))(s), jacrev(jacrev(oracle))(s))
 
 
 def test_lanes_with_their_own_anchor_or_strength_or_neither():
@@ -155,10 +155,10 @@ def test_lanes_with_their_own_anchor_or_strength_or_neither():
     for dims in ((0, 0), (0, None), (None, 0)):
         lam = strengths if dims[0] == 0 else VALUES[0]
         theta = batch if dims[1] == 0 else THETA
-        close(vmap(layer, in_dims=dims)(lam, theta), vmap(oracle, in_dims=dims)(lam, theta))
+        assert_near(vmap(layer, in_dims=dims)(lam, theta), vmap(oracle, in_dims=dims)(lam, theta))
         for argnum in (0, 1):
             ours = vmap(jacrev(layer, argnums=argnum), in_dims=dims)(lam, theta)
-            close(ours, vmap(jacrev(oracle, argnums=argnum), in_dims=dims)(lam, theta))
+            assert_near(ours, vmap(jacrev(oracle, argnums=argnum), in_dims=dims)(lam, theta))
 
 
 def test_strength_of_a_wide_leaf_is_counted_once_per_element():
@@ -171,9 +171,9 @@ def test_strength_of_a_wide_leaf_is_counted_once_per_element():
         return solution.value, solution.stats.objective
 
     value, objective = layer(lam)
-    close(value, b / 1.5)
-    close(objective, value.square().sum() * 0.75 - (b * value).sum())
-    close(grad(lambda lam: layer(lam)[0].sum())(lam), -b.sum() / 1.5**2)
+    assert_near(value, b / 1.5)
+    assert_near(objective, value.square().sum() * 0.75 - (b * value).sum())
+    assert_near(grad(lambda lam: layer(lam)[0].sum())(lam), -b.sum() / 1.5**2)
 
 
 def test_derivative_in_the_anchor_does_not_run_the_objective():

@@ -15,7 +15,7 @@ def solve(A, b, x0=None, **options):
     return il.CG(**options).solve(il.Operator(product(A), symmetric=True), b, x0)
 
 
-def close(ours, expected, tol=1e-10):
+def assert_near(ours, expected, tol=1e-10):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tol)
 
 
@@ -32,7 +32,7 @@ def test_poisson():
     assert solution.status.item() == il.Status.CONVERGED
     # The solution of -u'' = 1 is exact for second differences, x(n + 1 - x)/2; condition number 4e3.
     i = torch.arange(1, 101, dtype=F64)
-    close(solution.x, i * (101 - i) / 2, 1e-7)
+    assert_near(solution.x, i * (101 - i) / 2, 1e-7)
     # By symmetry fifty eigenvectors take part, and each step takes one of them out.
     assert solution.steps.item() == 50
     eigenvalues = torch.linalg.eigvalsh(A)
@@ -50,26 +50,26 @@ def test_takes_the_steps_of_scipy(seed):
     assert info == 0
     assert solution.steps.item() == len(iterates)
     # Both run the same recurrence, up to rounding that grows with the condition number, 80.
-    close(solution.x, torch.from_numpy(expected), 1e-9)
+    assert_near(solution.x, torch.from_numpy(expected), 1e-9)
     for steps in (1, 2, 5, 20):
         x = solve(A, b, rtol=None, atol=None, max_steps=steps).x
-        close(x, torch.from_numpy(np.asarray(iterates[steps - 1])), 1e-9)
+        assert_near(x, torch.from_numpy(np.asarray(iterates[steps - 1])), 1e-9)
 
 
 def test_diagonal_system_converges_in_as_many_steps_as_it_has_eigenvalues():
     A, b = torch.diag(torch.tensor([1.0, 3.0], dtype=F64)), torch.tensor([1.0, 1.0], dtype=F64)
     solution = solve(A, b, rtol=1e-12)
-    close(solution.x, torch.tensor([1.0, 1 / 3], dtype=F64), 1e-14)
+    assert_near(solution.x, torch.tensor([1.0, 1 / 3], dtype=F64), 1e-14)
     assert solution.steps.item() == 2
     # The first direction is b: its Rayleigh quotient is (1 + 3)/2; the second is conjugate to it, (3, -1): 12/10.
-    close(solution.curvature_max, torch.tensor(2.0, dtype=F64), 1e-14)
-    close(solution.curvature_min, torch.tensor(1.2, dtype=F64), 1e-14)
+    assert_near(solution.curvature_max, torch.tensor(2.0, dtype=F64), 1e-14)
+    assert_near(solution.curvature_min, torch.tensor(1.2, dtype=F64), 1e-14)
 
 
 def test_identity_needs_one_step():
     b = normal(5)
     solution = solve(torch.eye(5, dtype=F64), b)
-    close(solution.x, b, 1e-15)
+    assert_near(solution.x, b, 1e-15)
     assert solution.steps.item() == 1
 
 
@@ -79,7 +79,7 @@ def test_ill_conditioned_system():
     x = torch.tensor([1.0, -2.0], dtype=F64)
     solution = solve(A, A @ x, rtol=1e-14)
     # What can be attained is machine epsilon times the condition number 2e7, times the norm of x, with room for ten.
-    close(solution.x, x, 2.2e-16 * 2.2e7 * 2.3 * 10)
+    assert_near(solution.x, x, 2.2e-16 * 2.2e7 * 2.3 * 10)
     assert solution.status.item() in (il.Status.CONVERGED, il.Status.STALLED)
     assert relative_residual(A, solution.x, A @ x) < 1e-9
 
@@ -92,7 +92,7 @@ def test_against_a_direct_solve(n, dtype):
     solution = solve(A, b, rtol=tolerance)
     assert solution.status.item() == il.Status.CONVERGED
     assert solution.x.dtype == dtype
-    close(solution.x.double(), torch.linalg.solve(A.double(), b.double()), 20 * tolerance)
+    assert_near(solution.x.double(), torch.linalg.solve(A.double(), b.double()), 20 * tolerance)
     assert relative_residual(A.double(), solution.x.double(), b.double()) < 3 * tolerance
 
 
@@ -102,12 +102,12 @@ def test_half_precision_accumulates_in_single(dtype):
     b = torch.ones(n, dtype=dtype)
     solution = solve(2 * torch.eye(n, dtype=dtype), b, rtol=0.05)
     assert solution.x.dtype == dtype
-    close(solution.x.double(), torch.full((n,), 0.5, dtype=F64), 0.01)
+    assert_near(solution.x.double(), torch.full((n,), 0.5, dtype=F64), 0.01)
 
 
 def test_unknown_of_one_element():
     solution = solve(torch.tensor([[4.0]], dtype=F64), torch.tensor([2.0], dtype=F64))
-    close(solution.x, torch.tensor([0.5], dtype=F64), 1e-15)
+    assert_near(solution.x, torch.tensor([0.5], dtype=F64), 1e-15)
     assert solution.steps.item() == 1
     assert solution.status.item() == il.Status.CONVERGED
 
@@ -119,7 +119,7 @@ def test_singular_and_consistent():
     A = torch.diag(torch.tensor([1.0, 3.0, 0.0], dtype=F64))
     solution = solve(A, torch.tensor([1.0, 1.0, 0.0], dtype=F64), rtol=1e-12)
     assert solution.status.item() == il.Status.CONVERGED
-    close(solution.x, torch.tensor([1.0, 1 / 3, 0.0], dtype=F64), 1e-13)
+    assert_near(solution.x, torch.tensor([1.0, 1 / 3, 0.0], dtype=F64), 1e-13)
 
 
 def test_singular_and_inconsistent():
@@ -147,7 +147,7 @@ def test_indefinite_keeps_the_iterate_before_the_negative_curvature():
     kept = solve(A, b, rtol=None, atol=None, max_steps=solution.steps.item() - 1).x
     assert torch.equal(solution.x, kept)
     assert kept.norm() > 0
-    close(solution.residual, (A @ kept - b).norm() / b.norm(), 1e-12)
+    assert_near(solution.residual, (A @ kept - b).norm() / b.norm(), 1e-12)
 
 
 def test_negative_definite_is_indefinite_at_once():
@@ -181,7 +181,7 @@ def test_too_few_steps_say_so():
     A, b = poisson(50), normal(50)
     solution = solve(A, b, max_steps=5)
     assert (solution.steps.item(), solution.status.item()) == (5, il.Status.MAX_STEPS)
-    close(solution.residual, (A @ solution.x - b).norm() / b.norm(), 1e-12)
+    assert_near(solution.residual, (A @ solution.x - b).norm() / b.norm(), 1e-12)
 
 
 def test_a_tolerance_beyond_precision_stalls_or_converges_but_ends():
@@ -214,7 +214,7 @@ def test_steps_after_the_exact_solution_do_no_harm():
     A, b = torch.diag(torch.tensor([1.0, 3.0], dtype=F64)), torch.ones(2, dtype=F64)
     for steps in (2, 3, 10, 50):
         x = solve(A, b, rtol=None, atol=None, max_steps=steps).x
-        close(x, torch.tensor([1.0, 1 / 3], dtype=F64), 1e-14)
+        assert_near(x, torch.tensor([1.0, 1 / 3], dtype=F64), 1e-14)
     x = solve(A, torch.zeros(2, dtype=F64), rtol=None, atol=None, max_steps=5).x
     assert torch.equal(x, torch.zeros(2, dtype=F64))
 
@@ -249,12 +249,12 @@ def test_warm_start():
     x = torch.linalg.solve(A, b)
     warm = solve(A, b, x, rtol=1e-9)
     assert warm.steps.item() == 0
-    close(warm.x, x, 1e-9)
+    assert_near(warm.x, x, 1e-9)
     near = solve(A, b, x + 1e-6 * normal(50, seed=3), rtol=1e-9)
     cold = solve(A, b, rtol=1e-9)
     assert 0 < near.steps.item() < cold.steps.item()
     # The tolerance 1e-9 on the residual allows an error of 1e-9·‖b‖ over the smallest eigenvalue, 4e-3.
-    close(near.x, x, 3e-6)
+    assert_near(near.x, x, 3e-6)
     assert relative_residual(A, near.x, b) <= 1.1e-9
 
 
@@ -269,7 +269,7 @@ def test_exact_preconditioner_needs_one_step():
     inverse = torch.linalg.inv(A)
     solution = solve(A, b, rtol=1e-10, preconditioner=product(inverse))
     assert solution.steps.item() == 1
-    close(solution.x, inverse @ b, 1e-9)
+    assert_near(solution.x, inverse @ b, 1e-9)
 
 
 def test_jacobi_preconditioner_is_the_symmetrically_scaled_system():

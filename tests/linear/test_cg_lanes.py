@@ -13,7 +13,7 @@ def solve(A, b, x0=None, **options):
     return il.CG(**options).solve(il.Operator(product(A), symmetric=True), b, x0)
 
 
-def close(ours, expected, tol=1e-10):
+def assert_near(ours, expected, tol=1e-10):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tol)
 
 
@@ -30,7 +30,7 @@ def test_right_hand_sides_of_every_scale_in_single_precision(scale):
     solution = solve(A, b, rtol=1e-6)
     assert solution.status.item() == il.Status.CONVERGED
     expected = torch.linalg.solve(A.double(), b.double())
-    close(solution.x.double() / scale, expected / scale, 1e-5)
+    assert_near(solution.x.double() / scale, expected / scale, 1e-5)
 
 
 def test_lanes_are_independent_and_bitwise_those_of_a_loop():
@@ -55,7 +55,7 @@ def test_a_lane_that_breaks_breaks_alone():
     Status = il.Status
     expected = [Status.CONVERGED, Status.INDEFINITE, Status.NON_FINITE, Status.NON_FINITE, Status.CONVERGED]
     assert [Status(code) for code in solution.status.tolist()] == expected
-    close(solution.x[0], torch.linalg.solve(good, b[0]), 1e-11)
+    assert_near(solution.x[0], torch.linalg.solve(good, b[0]), 1e-11)
     assert torch.equal(solution.x[4], torch.zeros(3, dtype=F64))
 
 
@@ -63,7 +63,7 @@ def test_two_levels_of_lanes():
     A, b = spd(3), normal(2, 4, 3)
     solution = solve(A, b, rtol=1e-12)
     assert solution.status.shape == solution.steps.shape == (2, 4)
-    close(solution.x, torch.linalg.solve(A, b.unsqueeze(-1)).squeeze(-1), 1e-11)
+    assert_near(solution.x, torch.linalg.solve(A, b.unsqueeze(-1)).squeeze(-1), 1e-11)
 
 
 # --- faults seen elsewhere ----------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_returns_the_iterate_that_converged_not_the_one_before():
     A, b = spd(6), normal(6)
     solution = solve(A, b, rtol=1e-6)
     # The reported residual is that of the returned x: the previous iterate's is larger by the last step's gain.
-    close(solution.residual, (A @ solution.x - b).norm() / b.norm(), 1e-12)
+    assert_near(solution.residual, (A @ solution.x - b).norm() / b.norm(), 1e-12)
     assert relative_residual(A, solution.x, b) <= 1e-6
 
 
@@ -89,7 +89,7 @@ def test_a_limit_on_the_steps_is_never_derived_from_the_size():
     a = torch.tensor(2.0, dtype=F64, requires_grad=True)
     x = il.argmin(lambda x, a: (x - a) ** 2, torch.tensor(0.0, dtype=F64), a).value
     assert x.shape == ()
-    close(torch.autograd.grad(x, a)[0], torch.tensor(1.0, dtype=F64), 1e-12)
+    assert_near(torch.autograd.grad(x, a)[0], torch.tensor(1.0, dtype=F64), 1e-12)
 
 
 def test_more_steps_than_needed_with_a_preconditioner_that_underflows():

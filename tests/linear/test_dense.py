@@ -11,7 +11,7 @@ def solve(A, b):
     return il.Dense().solve(il.Operator(product(A), symmetric=True), b)
 
 
-def close(ours, expected, tol=1e-12):
+def assert_near(ours, expected, tol=1e-12):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tol)
 
 
@@ -19,7 +19,7 @@ def close(ours, expected, tol=1e-12):
 def test_against_lapack(n):
     A, b = spd(n), normal(n)
     solution = solve(A, b)
-    close(solution.x, torch.linalg.solve(A, b))
+    assert_near(solution.x, torch.linalg.solve(A, b))
     assert solution.status.item() == il.Status.CONVERGED
     assert solution.steps.item() == 1
     assert solution.residual.item() < 1e-14
@@ -29,14 +29,14 @@ def test_against_lapack(n):
 def test_indefinite_and_unsymmetric_matrices():
     for A in (torch.diag(torch.tensor([1.0, -2.0], dtype=F64)), torch.tensor([[0.0, 2.0], [-1.0, 1.0]], dtype=F64)):
         b = normal(2)
-        close(solve(A, b).x, torch.linalg.solve(A, b))
+        assert_near(solve(A, b).x, torch.linalg.solve(A, b))
 
 
 def test_ill_conditioned_matrix_keeps_a_small_residual():
     B = torch.tensor([[3.9, 1.65], [6.845, 2.9]], dtype=F64)  # condition number 4647
     solution = solve(B, torch.ones(2, dtype=F64))
     assert solution.status.item() == il.Status.CONVERGED
-    close(B @ solution.x, torch.ones(2, dtype=F64), 1e-11)
+    assert_near(B @ solution.x, torch.ones(2, dtype=F64), 1e-11)
 
 
 def test_each_lane_has_its_own_status():
@@ -49,7 +49,7 @@ def test_each_lane_has_its_own_status():
     Status = il.Status
     expected = [Status.CONVERGED, Status.SINGULAR, Status.NON_FINITE, Status.NON_FINITE, Status.CONVERGED]
     assert [Status(code) for code in solution.status.tolist()] == expected
-    close(solution.x[[0, 4]], torch.linalg.solve(good, b[[0, 4]].T).T)
+    assert_near(solution.x[[0, 4]], torch.linalg.solve(good, b[[0, 4]].T).T)
 
 
 def test_scale_does_not_make_a_matrix_singular():
@@ -64,6 +64,6 @@ def test_scale_does_not_make_a_matrix_singular():
 def test_operator_is_its_matrix():
     A = normal(2, 3, 3)
     operator = il.Operator(product(A), symmetric=False)
-    close(operator.dense(normal(2, 3)), A, 0)
+    assert_near(operator.dense(normal(2, 3)), A, 0)
     y = normal(2, 3, seed=1)
-    close(operator(y), product(A)(y), 0)
+    assert_near(operator(y), product(A)(y), 0)

@@ -13,7 +13,7 @@ THETA = normal(3, seed=1)
 each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 
 
-def close(ours, expected, tol=1e-9):
+def assert_near(ours, expected, tol=1e-9):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tol)
 
 
@@ -47,7 +47,7 @@ def test_stops_when_the_residual_is_below_the_tolerance(solver, rtol):
     curvature = torch.func.hessian(coupled)(solution.value, THETA)
     scale = torch.maximum(F(ZERO, THETA).norm(), 1.5 * torch.linalg.eigvalsh(curvature)[-1] * solution.value.norm())
     assert residual <= rtol * scale
-    close(solution.stats.residual, residual, 1e-14)
+    assert_near(solution.stats.residual, residual, 1e-14)
 
 
 @each_solver
@@ -67,7 +67,7 @@ def test_a_fixed_number_of_steps(solver, steps):
     assert solution.status.item() == il.Status.NOT_CHECKED
     if steps == 60:
         # Long past the solution nothing may break: no division by a vanished step.
-        close(solution.value, newton(coupled, ZERO, THETA), 1e-6)
+        assert_near(solution.value, newton(coupled, ZERO, THETA), 1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -93,14 +93,14 @@ def test_quadratic_convergence_of_newton():
 )
 def test_rosenbrock_in_a_reasonable_number_of_steps(solver, most):
     solution = il.argmin(rosenbrock, FAR, solver=solver)
-    close(solution.value, torch.ones(2, dtype=F64), 1e-4)
+    assert_near(solution.value, torch.ones(2, dtype=F64), 1e-4)
     assert solution.stats.steps.item() <= most
 
 
 def test_lbfgs_solves_a_quadratic_in_few_steps():
     A, b = spd(6), normal(6)
     solution = il.argmin(quadratic, torch.zeros(6, dtype=F64), A, b, solver=il.LBFGS())
-    close(solution.value, torch.linalg.solve(A, b), 1e-6)
+    assert_near(solution.value, torch.linalg.solve(A, b), 1e-6)
     assert solution.stats.steps.item() <= 25
 
 
@@ -109,7 +109,7 @@ def test_newton_leaves_a_saddle_point_downhill(linear_solver):
     # Minima at ±1 in the second coordinate; started beside the saddle at the origin, where CG meets negative curvature.
     objective = lambda x: x[0] ** 2 + (x[1] ** 2 - 1) ** 2  # noqa: E731
     solution = il.argmin(objective, torch.tensor([0.5, 0.1], dtype=F64), solver=il.Newton(linear_solver))
-    close(solution.value.abs(), torch.tensor([0.0, 1.0], dtype=F64), 1e-6)
+    assert_near(solution.value.abs(), torch.tensor([0.0, 1.0], dtype=F64), 1e-6)
 
 
 def test_damping_shortens_newtons_step():
@@ -117,7 +117,7 @@ def test_damping_shortens_newtons_step():
     for damping in (0.0, 2.0):
         solver = il.Newton(il.Dense(), damping=damping, rtol=None, atol=None, max_steps=1)
         x = il.argmin(quadratic, ZERO, A, b, solver=solver).value
-        close(x, torch.linalg.solve(A + damping * torch.eye(3, dtype=F64), b), 1e-12)
+        assert_near(x, torch.linalg.solve(A + damping * torch.eye(3, dtype=F64), b), 1e-12)
 
 
 # --- how it went --------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_domain_that_ends_is_not_left(solver):
     # -log is infinite at 0 and NaN beyond; full steps from 3 would land there.
     objective = lambda x: (10 * x - x.log()).sum()  # noqa: E731
     solution = il.argmin(objective, torch.tensor([3.0], dtype=F64), solver=solver)
-    close(solution.value, torch.tensor([0.1], dtype=F64))
+    assert_near(solution.value, torch.tensor([0.1], dtype=F64))
 
 
 def test_tolerance_beyond_precision_stalls_and_names_it():
@@ -164,7 +164,7 @@ def test_unknown_far_from_one_in_scale(solver):
         target = scale * normal(3, seed=5)
         solver = type(solver)(**{**vars(solver), "rtol": 1e-10, "atol": 0.0})
         x = il.argmin(lambda x, t: (x - t).square().sum() / 2, ZERO, target, solver=solver).value
-        close(x / scale, target / scale, 1e-8)
+        assert_near(x / scale, target / scale, 1e-8)
 
 
 # --- line search --------------------------------------------------------------------------------------------
@@ -174,12 +174,12 @@ def test_armijo_accepts_sufficient_decrease_only():
     # From x = 1 on x⁴ the full gradient step of length 4 overshoots to -3; halving once gives -1, twice 0.
     solver = il.GradientDescent(lr=1.0, line_search=il.Armijo(), rtol=None, atol=None, max_steps=1)
     x = il.argmin(lambda x: (x**4).sum(), torch.ones(1, dtype=F64), solver=solver).value
-    close(x, torch.zeros(1, dtype=F64), 0)
+    assert_near(x, torch.zeros(1, dtype=F64), 0)
     strict = il.Armijo(sufficient_decrease=0.9)
     solver = il.GradientDescent(lr=1.0, line_search=strict, rtol=None, atol=None, max_steps=1)
     x = il.argmin(lambda x: (x**4).sum(), torch.ones(1, dtype=F64), solver=solver).value
     # f(1 - 4t) ≤ 1 - 0.9·16t holds for t = 1/64 (0.772 ≤ 0.775), and not for t = 1/32 (0.586 > 0.55).
-    close(x, torch.full((1,), 1 - 4 / 64, dtype=F64), 0)
+    assert_near(x, torch.full((1,), 1 - 4 / 64, dtype=F64), 0)
 
 
 def test_lanes_search_each_their_own_step():
@@ -190,7 +190,7 @@ def test_lanes_search_each_their_own_step():
         return il.argmin(lambda x: scale * x.square().sum() / 2, torch.ones(1, dtype=F64), solver=solver).value
 
     together = torch.func.vmap(layer)(scales)
-    close(together, torch.stack([layer(scale) for scale in scales]), 0)
+    assert_near(together, torch.stack([layer(scale) for scale in scales]), 0)
     assert (together.abs() < 1).all()
 
 
