@@ -113,9 +113,10 @@ class OneStep(Adjoint):
     """Jacobian-free: differentiate a few solver steps taken from the solution (Fung et al. 2022; Bolte et al. 2023).
 
     The derivative is that of a truncated Neumann series (gradient descent), or exact to first order (Newton, which
-    converges quadratically). Choose it where the linear solve of `Implicit` is too dear or does not converge. Known limit:
-    where F is zero to the last bit, as after Newton's method on a quadratic, there is no Newton direction left to
-    differentiate, and the derivative of the recorded step is not that of the solution; use `Implicit` there.
+    converges quadratically). Choose it where the linear solve of `Implicit` is too dear or does not converge.
+
+    Known limit: where F is zero to the last bit, as after Newton's method on a quadratic, there is no Newton direction
+    left to differentiate, and the derivative of the recorded step is not that of the solution; use `Implicit` there.
 
     Args:
         steps: recorded steps.
