@@ -206,7 +206,6 @@ def test_users_import_the_face(folder):
     assert user_breaches(folder, ROOT) == []
 
 
-@pytest.mark.skipif(not (ROOT / PACKAGE / "__init__.py").exists(), reason="there is no face")
 def test_face_needs_core_dependencies_only():
     done = import_with_core_only(ROOT)
     assert done.returncode == 0, done.stderr

@@ -6,21 +6,10 @@ import scipy.sparse.linalg
 import torch
 
 import implicitlayers as il
+from tests.helpers.linear import assert_near, relative_residual, solve
 from tests.helpers.problems import F64, normal, poisson, product, spd, symmetrized
 
 F32 = torch.float32
-
-
-def solve(A, b, x0=None, **options):
-    return il.CG(**options).solve(il.Operator(product(A), symmetric=True), b, x0)
-
-
-def assert_near(ours, expected, tol=1e-10):
-    torch.testing.assert_close(ours, expected, rtol=0, atol=tol)
-
-
-def relative_residual(A, x, b):
-    return ((product(A)(x) - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
 
 
 # --- systems with known answers -----------------------------------------------------------------------------
