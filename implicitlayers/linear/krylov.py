@@ -23,7 +23,7 @@ from implicitlayers.linear.solve import LinearSolution
 from implicitlayers.loop import Finished, dot, norm, not_finite
 from implicitlayers.status import RUNNING, Status
 
-__all__ = ["Course", "System", "divide", "normalized", "report", "scaled", "verdict"]
+__all__ = ["Course", "System", "divide", "hypot", "normalized", "report", "root", "scaled", "verdict"]
 
 
 class System(NamedTuple):
@@ -180,7 +180,7 @@ def report(system: System, x: Tensor, end: Finished, course: Course, *, verify: 
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0; so are the derivatives."""
+    """The quotient a / b, and 0 where b is 0; so are its derivatives."""
     some = b != 0
     return torch.where(some, a / torch.where(some, b, torch.ones_like(b)), torch.zeros_like(a))
 
@@ -195,3 +195,14 @@ def normalized(y: Tensor) -> tuple[Tensor, Tensor]:
     root = torch.where(some, square, torch.ones_like(square)).sqrt().to(y.dtype)
     length = torch.where(some, root, torch.zeros_like(root))
     return length * safe, y / root.unsqueeze(-1)
+
+
+def root(square: Tensor) -> Tensor:
+    """√square where that is positive, else 0; so is the derivative."""
+    some = square > 0
+    return torch.where(some, torch.where(some, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
+
+
+def hypot(a: Tensor, b: Tensor) -> Tensor:
+    """√(a² + b²); its derivative is 0 at 0."""
+    return root(a * a + b * b)

@@ -2,8 +2,8 @@
 
 Where this differs from the textbook and from SciPy's `minres`:
 
-- The residual vector is carried along by rₖ = sₖ² rₖ₋₁ - φ̄ₖ cₖ vₖ₊₁ (Choi, Paige & Saunders 2011), so that the tolerance
-  applies to its Euclidean norm with a preconditioner as well, and not to a norm that depends on it.
+- The residual vector is carried along by rₖ = sₖ² rₖ₋₁ - φ̄ₖ cₖ vₖ₊₁ (Choi, Paige & Saunders 2011), so that the
+  tolerance applies to its Euclidean norm with a preconditioner as well, and not to a norm that depends on it.
 - Where A rₖ vanishes to rounding but rₖ does not, the equation has no solution, and the lane is SINGULAR; it keeps the
   least-squares solution that it has found.
 - Where the operator is the curvature of a minimization, a residual with rᵀAr ≤ 0 ends the lane as INDEFINITE with the
@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitlayers.linear.krylov import Course, System, divide, report, scaled, verdict
+from implicitlayers.linear.krylov import Course, System, divide, hypot, report, root, scaled, verdict
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Precondition, Preconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
@@ -32,10 +32,10 @@ __all__ = ["MINRES"]
 class MINRES(LinearSolver):
     """Minimal residuals: the Krylov method for a symmetric A that is indefinite, singular or only nearly positive.
 
-    The k-th iterate minimizes ‖A x - b‖ over the k-th Krylov space. Choose it for saddle points and shifted systems, and
-    for a curvature in which `CG` meets negative directions although the gradient is well defined. About κ·log(1/rtol)
-    products at condition number κ where A is indefinite, and as many as CG where it is not. One product more at the end
-    checks the residual.
+    The k-th iterate minimizes ‖A x - b‖ over the k-th Krylov space. Choose it for saddle points and shifted systems,
+    and for a curvature in which `CG` meets negative directions although the derivative is well defined. About
+    κ·log(1/rtol) products at condition number κ where A is indefinite, and as many as CG where it is not. One product
+    more at the end checks the residual.
 
     Args:
         rtol: stop at ‖A x - b‖ ≤ rtol·‖b‖ + atol. Taken as 8 machine epsilons where it is smaller, but for 0.
@@ -101,7 +101,7 @@ class _MinimalResiduals(Algorithm[System, _State]):
         r = problem.first_residual()
         z = problem.precondition(r)
         square = dot(r, z)
-        beta = _root(square).to(r.dtype)
+        beta = root(square).to(r.dtype)
         course = Course.begin(norm(r.detach()))
         course = course._replace(broken=course.breaks((_negative(square, r, z), Status.INDEFINITE)))
         zero, one, none = torch.zeros_like(beta), torch.ones_like(beta), torch.zeros_like(r)
@@ -119,13 +119,13 @@ class _MinimalResiduals(Algorithm[System, _State]):
         y = y - divide(alpha, beta).unsqueeze(-1) * v
         new_z = problem.precondition(y)
         square = dot(y, new_z)
-        new_beta = _root(square).to(y.dtype)
-        spread = torch.fmax(state.spread, _hypot(alpha, new_beta).detach())
+        new_beta = root(square).to(y.dtype)
+        spread = torch.fmax(state.spread, hypot(alpha, new_beta).detach())
 
         delta, gbar = cs * dbar + sn * alpha, sn * dbar - cs * alpha
-        gamma = _hypot(gbar, new_beta)
+        gamma = hypot(gbar, new_beta)
         # Of the residual before this step: rᵀAr / rᵀr is -cs·γ̄, and ‖A r‖ / ‖r‖ is made of γ̄ and the next δ̄.
-        quotient, image = (-cs * gbar).detach(), _hypot(gbar, cs * new_beta).detach()
+        quotient, image = (-cs * gbar).detach(), hypot(gbar, cs * new_beta).detach()
         # Nothing is left to correct: a fixed number of steps carries the lane along unmoved.
         done = (beta == 0) | (course.residual <= eps / 8)
         zero = 16 * eps * spread
@@ -158,16 +158,6 @@ class _MinimalResiduals(Algorithm[System, _State]):
         # In exact arithmetic n steps are enough; a residual that has not fallen for as long is held up by rounding.
         patience = min(state.x.shape[-1], 200) + 20
         return verdict(course.broken, course.idle, patience, course.residual, problem.tolerance)
-
-
-def _root(square: Tensor) -> Tensor:
-    """√square where that is positive, else 0; so is the derivative."""
-    some = square > 0
-    return torch.where(some, torch.where(some, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
-
-
-def _hypot(a: Tensor, b: Tensor) -> Tensor:
-    return _root(a * a + b * b)
 
 
 def _negative(square: Tensor, r: Tensor, z: Tensor) -> Tensor:

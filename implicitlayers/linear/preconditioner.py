@@ -1,4 +1,4 @@
-"""Preconditioners: an approximate inverse M⁻¹ of A that is cheap to apply, so that M⁻¹A is better conditioned than A."""
+"""Preconditioners: an approximate inverse M⁻¹ of A that is cheap to apply; M⁻¹A is better conditioned than A."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from implicitlayers.linear.operator import Operator
 from implicitlayers.loop import dot
 from implicitlayers.status import MisuseError
 
-__all__ = ["Jacobi", "LBFGSPreconditioner", "Nystrom", "Pair", "Precondition", "Preconditioner", "curvature_pair", "two_loop"]
+__all__ = [
+    "Jacobi",
+    "LBFGSPreconditioner",
+    "Nystrom",
+    "Pair",
+    "Precondition",
+    "Preconditioner",
+    "curvature_pair",
+    "two_loop",
+]
 
 Precondition = Callable[[Tensor], Tensor]
 """r ↦ M⁻¹ r on ``[*lanes, n]``: linear, and symmetric positive definite for CG and MINRES."""
@@ -46,8 +55,8 @@ class Preconditioner(ABC):
 class Jacobi(Preconditioner):
     """The diagonal, M = diag |A|.
 
-    Choose it where the unknowns have different scales: badly scaled features, one penalty a coefficient. It does nothing
-    for a matrix with constant diagonal, such as the Poisson matrix.
+    Choose it where the unknowns have different scales: badly scaled features, one penalty a coefficient. It does
+    nothing for a matrix with constant diagonal, such as the Poisson matrix.
 
     Up to `exact` unknowns the diagonal is read off n products. Beyond, it is estimated from random signs z by the mean
     of z ⊙ A z (Bekas, Kokiopoulou & Saad 2007). The error of an entry is √(Σ_{j≠i} aᵢⱼ² / samples); it is measured by
@@ -147,7 +156,7 @@ def _products(operator: Operator, rows: Tensor, like: Tensor) -> Tensor:
 
 
 class Pair(NamedTuple):
-    """A step s and the change of the gradient y ≈ A s, both ``[*lanes, n]``, and rho = 1/sᵀy, zero where it is unusable."""
+    """A step s and the change of gradient y ≈ A s ``[*lanes, n]``; rho = 1/sᵀy, zero in lanes where that is no use."""
 
     s: Tensor
     y: Tensor
@@ -187,8 +196,8 @@ def two_loop(pairs: Sequence[Pair], r: Tensor) -> Tensor:
 class LBFGSPreconditioner(Preconditioner):
     """The L-BFGS inverse of the pairs that a forward solve has gathered (Morales & Nocedal 2000).
 
-    Choose it where the solution was found by `LBFGS`: the pairs are there for nothing. They describe the curvature along
-    the last steps, so the more of the spectrum these met, the better. With no pairs M is the identity.
+    Choose it where the solution was found by `LBFGS`: the pairs are there for nothing. They describe the curvature
+    along the last steps, so the more of the spectrum these met, the better. With no pairs M is the identity.
 
     Args:
         pairs: of steps s and changes of the gradient y ``[*lanes, n]``, the oldest first.
