@@ -6,6 +6,8 @@ Where this differs from the textbook and from SciPy's `bicgstab`:
 - Where the residual becomes orthogonal to the shadow residual, or the stabilizing step vanishes, the recurrence starts
   anew in that lane with the current residual as shadow, instead of dividing by zero. Where a fresh start breaks down at
   once (A is skew-symmetric, say), the lane is STALLED.
+- The residual may rise by orders of magnitude on the way. Where convergence is checked, the iterate with the smallest
+  one is returned, so that a lane that stalls is never left worse than it was.
 - Two products a step, and one more at the end that checks the residual: the recurrence is known to drift.
 """
 
@@ -56,13 +58,16 @@ class BiCGStab(LinearSolver):
     def solve(self, operator: Operator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         system = scaled(operator, b, x0, self.rtol, self.atol, self.preconditioner)
         end = iterate(_Stabilized(), system, system.start, self.max_steps, look=self.looks)
-        return report(system, end.state.x, end, end.state.course, verify=self.looks)
+        state: _State = end.state
+        return report(system, state.best if self.looks else state.x, end, state.course, verify=self.looks)
 
 
 class _State(NamedTuple):
     """`shadow` is the vector r̂ that residuals are made orthogonal to, rho is r̂ᵀr, `fresh` tells where p = r = r̂."""
 
     x: Tensor
+    best: Tensor
+    lowest: Tensor
     r: Tensor
     shadow: Tensor
     p: Tensor
@@ -77,7 +82,7 @@ class _Stabilized(Algorithm[System, _State]):
         r = problem.first_residual()
         course = Course.begin(norm(r.detach()))
         fresh = torch.ones_like(course.idle, dtype=torch.bool)
-        return _State(x, r, r, r, dot(r, r).to(r.dtype), fresh, course)
+        return _State(x, x, course.residual, r, r, r, dot(r, r).to(r.dtype), fresh, course)
 
     def step(self, problem: System, state: _State) -> _State:
         x, r, shadow, p, rho = state.x, state.r, state.shadow, state.p, state.rho
@@ -115,14 +120,19 @@ class _Stabilized(Algorithm[System, _State]):
         anew = ~done & (orthogonal | lost | (omega.squeeze(-1) == 0))
         beta = divide(next_rho, rho) * divide(alpha.squeeze(-1), omega.squeeze(-1))
         p = torch.where(anew.unsqueeze(-1), r, r + beta.unsqueeze(-1) * (p - omega * v))
+        residual = norm(r.detach())
+        better = residual < state.lowest
         return _State(
-            x, r,
+            x,
+            torch.where(better.unsqueeze(-1), x, state.best),
+            torch.where(better, residual, state.lowest),
+            r,
             torch.where(anew.unsqueeze(-1), r, shadow),
             torch.where(mask | anew.unsqueeze(-1), p, state.p),
             torch.where(anew, dot(r, r).to(x.dtype), next_rho),
             anew,
-            course.advance(norm(r.detach()), broken),
-        )  # fmt: skip
+            course.advance(residual, broken),
+        )
 
     def terminate(self, problem: System, state: _State) -> Tensor:
         course = state.course

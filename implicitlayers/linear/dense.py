@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from implicitlayers.linear.operator import Operator
-from implicitlayers.linear.solve import LinearSolution, LinearSolver
+from implicitlayers.linear.solve import LinearSolution, LinearSolver, check_right_hand_side
 from implicitlayers.loop import norm, not_finite
 from implicitlayers.status import Status
 
@@ -29,6 +29,7 @@ class Dense(LinearSolver):
         return True
 
     def solve(self, operator: Operator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        check_right_hand_side(b)
         A = operator.dense(b)
         bad = not_finite(A.abs().sum((-2, -1)), b.abs().sum(-1))
         # A lane with NaN must not reach LAPACK, which may refuse the whole batch.

@@ -4,7 +4,8 @@
   small cotangent underflows, and a recurrence then divides zero by zero. The scale is a constant to derivatives: all
   these methods commute with scaling, so nothing is lost, and at b = 0 nothing becomes NaN.
 - The residual that a recurrence carries along drifts away from b - A x. Where convergence is checked, one more product
-  at the end tells the truth, and a lane that is not where its recurrence said becomes STALLED.
+  at the end tells the truth, and a lane that is more than twice the tolerance away becomes STALLED.
+- An iterate that has not converged is not linear in b, and a second derivative through its steps grows like 1/‖b‖.
 - A residual of a few machine epsilons of ‖A‖‖x‖ is what any method can attain, a direct one included (normwise backward
   error; Higham 2002, section 7.1). Such a lane has converged, unless half of the digits are lost already.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Precondition, Preconditioner
-from implicitlayers.linear.solve import LinearSolution
+from implicitlayers.linear.solve import LinearSolution, check_right_hand_side
 from implicitlayers.loop import Finished, dot, norm, not_finite
 from implicitlayers.status import RUNNING, Status
 
@@ -65,6 +66,7 @@ def scaled(
     preconditioner: Preconditioner | Precondition | None = None,
 ) -> System:
     """The system with a right-hand side of norm one, its tolerance, and its preconditioner prepared."""
+    check_right_hand_side(b)
     b_norm = norm(b.detach())
     # A non-finite right-hand side is left as it is, and named. The reciprocal of a subnormal number is infinite.
     finite = b_norm.clamp_min(torch.finfo(b.dtype).tiny)
