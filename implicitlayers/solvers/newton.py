@@ -65,7 +65,8 @@ class Newton(Solver[_State]):
         old = state.point
         operator = Operator(problem.linearize(old.x, self.damping), symmetric=True, minimizing=True)
         direction = self.linear_solver.solve(operator, -old.F).x
-        new, search = descend(problem, old, direction, torch.ones_like(old.objective), self.line_search, self.looks)
+        first = torch.ones_like(old.objective)
+        new, search = descend(problem, old, direction, old.F, first, self.line_search, self.looks)
         progress = state.progress.advance((old.x, old.F), (new.x, new.F), new.objective)
         return _State(new, progress, search)
 
