@@ -49,6 +49,7 @@ def train_command(
     ways: Annotated[int, _option("ways")] = Config.ways,
     shots: Annotated[int, _option("shots")] = Config.shots,
     queries: Annotated[int | None, typer.Option(help=f"{help_of('queries')}; as many as shots by default")] = None,
+    query_sets: Annotated[int, _option("query_sets")] = Config.query_sets,
     algorithm: Annotated[AlgorithmName, _option("algorithm")] = Config.algorithm,
     inner: Annotated[InnerName, _option("inner")] = Config.inner,
     lam: Annotated[float, _option("lam")] = Config.lam,

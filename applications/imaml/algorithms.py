@@ -101,20 +101,23 @@ def adapt(theta: Parameters, task: Tasks, config: Config) -> il.Solution:
     )
 
 
-def query_logits(phi: Parameters, task: Tasks, batch_norm: BatchNorm) -> Tensor:
+def query_logits(phi: Parameters, task: Tasks, batch_norm: BatchNorm, query_sets: int = 1) -> Tensor:
     """Classify the query images of one task with its adapted parameters.
 
     Args:
         phi: the task's parameters.
         task: one task, without the leading dimension.
         batch_norm: whose statistics normalise the query images: "transductive" for those of all query images
-            together, "support" for those of the support images, so that each query image is classified on its own.
+            of one set together, "support" for those of the support images, so that each query image is classified on
+            its own.
+        query_sets: how many sets the query images are made of.
 
     Returns:
-        Logits ``[ways * queries, ways]``.
+        Logits ``[query_sets * ways * queries, ways]``.
     """
     statistics = batch_statistics(phi, task.support_images) if batch_norm == "support" else None
-    return forward(phi, task.query_images, statistics)
+    sets = task.query_images.unflatten(0, (query_sets, -1))
+    return torch.vmap(lambda images: forward(phi, images, statistics))(sets).flatten(0, 1)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -164,7 +167,7 @@ def _over_tasks(judge: Callable[[Parameters, Tasks], _Judged]) -> MetaLoss:
 
 
 def _judge(solution: il.Solution, phi: Parameters, task: Tasks, config: Config) -> _Judged:
-    logits = query_logits(phi, task, config.batch_norm)
+    logits = query_logits(phi, task, config.batch_norm, config.query_sets)
     # The record needs how the solve went, not what it found; and vmap lets only tensors out, so no None either.
     report = replace(solution, value=(), aux=())
     return (

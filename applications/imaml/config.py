@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _AT_LEAST_ONE = [
     "shots",
     "queries",
+    "query_sets",
     "inner_steps",
     "cg_steps",
     "meta_steps",
@@ -61,6 +62,7 @@ class Config:
     ways: int = _option(5, "classes of a task")
     shots: int = _option(1, "support images of a class")
     queries: int = _option(1, "query images of a class")
+    query_sets: int = _option(1, "query sets a training task is judged by, each normalised by itself")
     algorithm: AlgorithmName = _option("imaml", "imaml, or fomaml: its first-order form, which drops the curvature")
     inner: InnerName = _option("gradient", "inner solver: gradient descent, hessian-free Newton, or lbfgs")
     lam: float = _option(0.1, "strength of the pull towards the meta-parameters, lam/2 |phi - theta|^2")

@@ -22,8 +22,9 @@ class Tasks(NamedTuple):
     """A batch of tasks, each to be learnt from its support images and judged by its query images.
 
     Images are float32 between 0 and 1, ``[tasks, ways * shots, channels, height, width]`` and likewise with queries;
-    labels are int64 below ``ways``, ``[tasks, ways * shots]``. Images of one class are neighbours. Seen from inside a
-    map over tasks it is one task, and the leading dimension is missing.
+    labels are int64 below ``ways``, ``[tasks, ways * shots]``. Images of one class are neighbours; where a task has
+    several query sets, one set follows the other. Seen from inside a map over tasks it is one task, and the leading
+    dimension is missing.
     """
 
     support_images: Tensor
@@ -87,21 +88,32 @@ class TaskSampler:
         shots: support images of a class.
         queries: query images of a class.
         generator: source of randomness on the device of the images; its state is all the state there is.
+        query_sets: sets of query images, of different images of the same classes.
 
     Raises:
         ValueError: if the dataset has too few classes or images, or if its images are not square.
     """
 
-    def __init__(self, dataset: ClassImages, ways: int, shots: int, queries: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        dataset: ClassImages,
+        ways: int,
+        shots: int,
+        queries: int,
+        generator: torch.Generator,
+        query_sets: int = 1,
+    ) -> None:
         classes, per_class, channels, height, width = dataset.images.shape
         if ways > classes:
             raise ValueError(
                 f"ways={ways} asks for more classes in a task than the {classes} that this part of {dataset.source} "
                 f"has; pass ways of at most {classes}."
             )
-        if shots + queries > per_class:
+        asked = shots + queries * query_sets
+        if asked > per_class:
+            sets = f" in each of query_sets={query_sets}" if query_sets > 1 else ""
             raise ValueError(
-                f"shots={shots} and queries={queries} ask for {shots + queries} different images of a class, but "
+                f"shots={shots} and queries={queries}{sets} ask for {asked} different images of a class, but "
                 f"{dataset.source} has {per_class} of each; pass a sum of at most {per_class}."
             )
         if height != width:
@@ -110,7 +122,7 @@ class TaskSampler:
             )
         self._pixels = dataset.images.flatten(3)
         self._shape = (channels, height, width)
-        self._ways, self._shots, self._queries = ways, shots, queries
+        self._ways, self._shots, self._queries, self._sets = ways, shots, queries, query_sets
         self.generator = generator
         upright = torch.arange(height * width, device=self._pixels.device).reshape(height, width)
         self._turned = torch.stack([upright.rot90(turns).flatten() for turns in range(ROTATIONS)])
@@ -125,18 +137,19 @@ class TaskSampler:
             The tasks, on the device of the dataset.
         """
         classes = self._choose((tasks,), self._pixels.shape[0], self._ways)
-        chosen = self._choose((tasks, self._ways), self._pixels.shape[1], self._shots + self._queries)
+        chosen = self._choose((tasks, self._ways), self._pixels.shape[1], self._shots + self._queries * self._sets)
         pixels = self._pixels[classes[:, :, None], chosen]
         turns = self._random(tasks, self._ways).mul(ROTATIONS).long()
         order = self._turned[turns][:, :, None, None].expand(pixels.shape)
         images = pixels.gather(-1, order).float().div(255).unflatten(-1, self._shape[1:])
-        support, query = images.split([self._shots, self._queries], dim=2)
+        support, query = images.split([self._shots, self._queries * self._sets], dim=2)
+        query = query.unflatten(2, (self._sets, self._queries)).movedim(2, 1)
         labels = torch.arange(self._ways, device=images.device).expand(tasks, -1)
         return Tasks(
             support.flatten(1, 2),
             labels.repeat_interleave(self._shots, dim=1),
-            query.flatten(1, 2),
-            labels.repeat_interleave(self._queries, dim=1),
+            query.flatten(1, 3),
+            labels.repeat_interleave(self._queries, dim=1).repeat(1, self._sets),
         )
 
     def _choose(self, lanes: tuple[int, ...], population: int, size: int) -> Tensor:

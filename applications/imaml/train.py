@@ -117,7 +117,9 @@ class _Run:
         self._device = use(config)
         splits = load_splits(config, self._device)
         self._train_generator = generator_for(config.seed, "training tasks", self._device)
-        self._sampler = TaskSampler(splits["train"], config.ways, config.shots, config.queries, self._train_generator)
+        self._sampler = TaskSampler(
+            splits["train"], config.ways, config.shots, config.queries, self._train_generator, config.query_sets
+        )
         self._validation_images = splits["validation"]
         channels = self._validation_images.images.shape[2]
         drawn = initialize(config.ways, channels, generator_for(config.seed, "initialisation"))

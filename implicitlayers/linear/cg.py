@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class CG(LinearSolver):
         max_steps: limit on the products; their exact number with ``rtol=atol=None``.
         preconditioner: r ↦ M⁻¹ r on ``[*lanes, n]`` with M symmetric positive definite; None for the identity.
     """
+
+    requires_symmetric: ClassVar[bool] = True
 
     rtol: float | None = 1e-8
     atol: float | None = 0.0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+
+from implicitlayers.status import MisuseError
 
 __all__ = ["Operator"]
 
@@ -16,20 +18,59 @@ __all__ = ["Operator"]
 class Operator:
     """A square linear map on every lane, y ``[*lanes, n]`` ↦ A y ``[*lanes, n]``.
 
+    What is known of A decides which linear solver may be used; claim only what is certain.
+
     Attributes:
         apply: the product.
         symmetric: whether A = Aᵀ is known.
         minimizing: whether A is the curvature of a problem that is being minimized, so that a solver must not take an
             indefinite A for granted: the solution would lead to a saddle.
+        apply_transpose: the product with Aᵀ; a symmetric operator needs none.
+        positive_definite: whether A is known, not merely hoped, to be symmetric positive definite.
+        indefinite: whether A is known to be symmetric with eigenvalues of both signs, as a saddle-point matrix is.
+
+    Raises:
+        MisuseError: where the claims contradict each other.
     """
 
     apply: Callable[[Tensor], Tensor]
     symmetric: bool
     minimizing: bool = False
+    apply_transpose: Callable[[Tensor], Tensor] | None = None
+    positive_definite: bool = False
+    indefinite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.positive_definite or self.indefinite) and not self.symmetric:
+            claim = "positive_definite" if self.positive_definite else "indefinite"
+            raise MisuseError(
+                f"Operator(symmetric=False, {claim}=True): the definiteness meant here is that of a symmetric matrix; "
+                f"pass symmetric=True, or leave {claim} out."
+            )
+        if self.positive_definite and self.indefinite:
+            raise MisuseError(
+                "Operator(positive_definite=True, indefinite=True): no matrix is both; pass the one that is known."
+            )
 
     def __call__(self, y: Tensor) -> Tensor:
         """A y."""
         return self.apply(y)
+
+    @property
+    def T(self) -> Operator:
+        """The transposed operator; a symmetric one is its own.
+
+        Raises:
+            MisuseError: where the product with Aᵀ is needed and was not given.
+        """
+        if self.symmetric:
+            return self
+        if self.apply_transpose is None:
+            raise MisuseError(
+                "the transpose of an operator is needed, and this one is not symmetric and has no apply_transpose; "
+                "pass Operator(apply, symmetric=False, apply_transpose=...), or symmetric=True if A = Aᵀ is known."
+            )
+        return replace(self, apply=self.apply_transpose, apply_transpose=self.apply)
 
     def dense(self, like: Tensor) -> Tensor:
         """The matrices ``[*lanes, n, n]``, from n products done at once; `like` is any ``[*lanes, n]``."""

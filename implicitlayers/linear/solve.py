@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -36,7 +36,16 @@ class LinearSolver(ABC):
     """Solves A x = b on every lane.
 
     Concrete solvers are frozen dataclasses. They never raise for a system they cannot solve: they say so in the status.
+
+    Attributes:
+        requires_symmetric: whether the method means something for symmetric operators only; on another one it would
+            return a wrong vector without noticing, so that the operator must be known to be symmetric.
+        requires_transpose: whether the method also multiplies with Aᵀ, so that an operator that is not symmetric must
+            come with `apply_transpose`.
     """
+
+    requires_symmetric: ClassVar[bool] = False
+    requires_transpose: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, operator: Operator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:

@@ -21,8 +21,8 @@ def dataset():
     return ClassImages(images, tuple(f"class {index}" for index in range(CLASSES)), "numbered")
 
 
-def sampler(dataset, seed=0, ways=3, shots=2, queries=3):
-    return TaskSampler(dataset, ways, shots, queries, generator_for(seed, "test"))
+def sampler(dataset, seed=0, ways=3, shots=2, queries=3, query_sets=1):
+    return TaskSampler(dataset, ways, shots, queries, generator_for(seed, "test"), query_sets)
 
 
 def decode(images):
@@ -55,6 +55,19 @@ def test_support_and_query_share_the_class_and_its_turn_but_no_image(dataset):
     assert (turns == turns[:, :, :1]).all()
     assert all(len(set(image)) == 5 for task in numbers.tolist() for image in task)
     assert all(len(set(task)) == 3 for task in classes[:, :, 0].tolist())
+
+
+def test_query_sets_are_of_the_same_classes_and_share_no_image(dataset):
+    tasks = sampler(dataset, queries=1, query_sets=4).sample(50)
+    classes, numbers, turns = decode(tasks.query_images)
+    assert tasks.query_labels.tolist() == [[0, 1, 2] * 4] * 50
+    supported, seen, turned = (part[:, ::2] for part in decode(tasks.support_images))
+    assert torch.equal(classes, supported.repeat(1, 4))
+    assert torch.equal(turns, turned.repeat(1, 4))
+    together = torch.cat(
+        [numbers.unflatten(1, (4, 3)), seen[:, None], decode(tasks.support_images)[1][:, None, 1::2]], 1
+    )
+    assert (together.sort(dim=1).values == torch.arange(6)[:, None]).all()
 
 
 def test_classes_images_and_turns_are_uniform(dataset):
@@ -93,6 +106,7 @@ def test_each_seed_and_purpose_has_its_own_stream():
     [
         ({"ways": 13}, "ways=13 .* the 12 that"),
         ({"shots": 4}, "shots=4 and queries=3 ask for 7 .* has 6 of each"),
+        ({"query_sets": 2}, "queries=3 in each of query_sets=2 ask for 8 "),
     ],
 )
 def test_too_small_a_dataset_is_refused(dataset, sizes, message):

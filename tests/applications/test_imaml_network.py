@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from applications.imaml.algorithms import query_logits
+from applications.imaml.episodes import Tasks
 from applications.imaml.network import EPSILON, batch_statistics, forward, initialize
 
 
@@ -84,3 +86,14 @@ def test_a_batch_normalised_by_its_own_statistics_handed_over_is_the_same(parame
 def test_other_image_sizes_are_refused_by_name(parameters):
     with pytest.raises(ValueError, match=r"\[2, 1, 84, 84\].*resized to \[batch, channels, 28, 28\]"):
         forward(parameters, torch.rand(2, 1, 84, 84, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("batch_norm", ["transductive", "support"])
+def test_each_query_set_is_normalised_by_itself(parameters, batch_norm):
+    labels = torch.zeros(0, dtype=torch.int64)
+    support, first, second = images(5), images(5), images(5)
+    alone = [query_logits(parameters, Tasks(support, labels, q, labels), batch_norm) for q in (first, second)]
+    both = Tasks(support, labels, torch.cat([first, second]), labels)
+    torch.testing.assert_close(query_logits(parameters, both, batch_norm, 2), torch.cat(alone))
+    mixed = query_logits(parameters, both, batch_norm) - torch.cat(alone)
+    assert (mixed.abs().max() > 0.01) == (batch_norm == "transductive")
