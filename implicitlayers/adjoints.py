@@ -113,10 +113,11 @@ class OneStep(Adjoint):
     """Jacobian-free: differentiate a few solver steps taken from the solution (Fung et al. 2022; Bolte et al. 2023).
 
     The derivative is that of a truncated Neumann series (gradient descent), or exact to first order (Newton, which
-    converges quadratically). Choose it where the linear solve of `Implicit` is too dear or does not converge.
+    converges quadratically), also where F is zero to the last bit. Choose it where the linear solve of `Implicit` is
+    too dear or does not converge.
 
-    Known limit: where F is zero to the last bit, as after Newton's method on a quadratic, there is no Newton direction
-    left to differentiate, and the derivative of the recorded step is not that of the solution; use `Implicit` there.
+    Known limit: an L-BFGS step has the curvature of the pairs gathered on the way. Directions that the solve never
+    went along have none, and the derivative is wrong there by what a scaled gradient step is; use `Implicit`, or Newton.
 
     Args:
         steps: recorded steps.

@@ -238,6 +238,7 @@ class LinearSystem(Condition):
     rule: AdjointRule
     lanes: Lanes
     first_order: bool = True
+    minimizing: bool = False
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -253,7 +254,7 @@ class LinearSystem(Condition):
         own = tuple(level for level, alone in zip(self.lanes, shared, strict=True) if not alone)
         x = _over_lanes(x, [level[1] for level in own], sizes)
         product = Bound(self.base, rest, tuple(level[2:] for level in own)).linearize(x, self.rule.damping)
-        operator = Operator(_share(product, shared), symmetric=True)
+        operator = Operator(_share(product, shared), symmetric=True, minimizing=self.minimizing)
         solution = self.rule.linear_solver.solve(operator, v)
         u = self._report(solution)
         return Outcome(

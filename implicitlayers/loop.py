@@ -147,12 +147,20 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm(a: Tensor) -> Tensor:
-    """Euclidean norm per lane that neither overflows nor underflows: the largest entry is divided out first."""
-    largest = a.abs().amax(-1)
+    """Euclidean norm per lane that neither overflows nor underflows: the largest entry is divided out first.
+
+    Its derivative is a/‖a‖, and 0 at 0, where there is none.
+    """
+    # What is divided out is multiplied back, so that no derivative passes through it.
+    largest = a.detach().abs().amax(-1)
     # Division multiplies by the reciprocal, which is infinite for subnormal numbers.
     safe = torch.where(torch.isfinite(largest), largest.clamp_min(torch.finfo(a.dtype).tiny), torch.ones_like(largest))
     scaled = a / safe.unsqueeze(-1)
-    return dot(scaled, scaled).sqrt().to(a.dtype) * safe
+    squares = dot(scaled, scaled)
+    # The derivative of sqrt is infinite at 0, and NaN after the chain rule.
+    positive = squares > 0
+    root = torch.where(positive, torch.where(positive, squares, torch.ones_like(squares)).sqrt(), squares)
+    return root.to(a.dtype) * safe
 
 
 def not_finite(*quantities: Tensor) -> Tensor:
