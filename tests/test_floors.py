@@ -35,7 +35,7 @@ FLOORS = (
 FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 
 # Inside these packages a family knows what is shared, and no other family.
-SHARED = {"linear": {"operator", "preconditioner", "solve"}, "solvers": {"direction", "line_search"}}
+SHARED = {"linear": {"operator", "preconditioner", "solve"}, "solvers": {"direction", "lanes", "line_search"}}
 
 # Seen from applications/ and benchmarks/, everything else is internal.
 PUBLIC = {"", "nn", "testing"}
