@@ -91,6 +91,7 @@ class Unrolled(Adjoint):
     def solve(
         self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
+        _check_recordable(self, solver)
         bound = Bound(terms, tuple(tensors), ())
         if self.last is None:
             # A solver that has nothing to do returns its start, which belongs to the caller.
@@ -116,8 +117,8 @@ class OneStep(Adjoint):
     converges quadratically), also where F is zero to the last bit. Choose it where the linear solve of `Implicit` is
     too dear or does not converge.
 
-    Known limit: an L-BFGS step has the curvature of the pairs gathered on the way. Directions that the solve never
-    went along have none, and the derivative is wrong there by what a scaled gradient step is; use `Implicit`, or Newton.
+    Known limit: an L-BFGS step has the curvature of the pairs gathered on the way. In directions that the solve never
+    went along its derivative is that of a scaled gradient step; use `Implicit`, or Newton.
 
     Args:
         steps: recorded steps.
@@ -132,8 +133,18 @@ class OneStep(Adjoint):
     def solve(
         self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
+        _check_recordable(self, solver)
         bound = Bound(terms, tuple(tensors), ())
         frozen = Bound(terms, tuple(t.detach() for t in tensors), ())
         end = iterate(solver, frozen, x0.detach(), solver.max_steps, look=solver.looks)
         state = run(solver, bound, solver.resume(bound, end.state), self.steps)
         return finish_forward(solver, bound, Finished(state, end.status, end.steps))
+
+
+def _check_recordable(adjoint: Adjoint, solver: Solver[Any]) -> None:
+    if not solver.recordable:
+        raise MisuseError(
+            f"{type(adjoint).__name__} differentiates the solver's steps, and those of {type(solver).__name__} leave "
+            "no graph behind: they are another program's, or a choice among them. Differentiate the solution instead, "
+            "with adjoint=Implicit()."
+        )

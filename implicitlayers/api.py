@@ -102,7 +102,7 @@ def _argmin(
     on_failure: Policy,
 ) -> Solution:
     structure = Structure.of(x0)
-    start = structure.flatten(x0, "x0")
+    start = structure.flatten(solver.start(x0), "the solver's start")
     tensors, skeleton = flatten_tensors(params)
     problem = _Objective(objective, structure, skeleton, len(tensors), has_aux)
     captured, used = problem.examine(start, tensors, touches_all=regularizer is None, look=solver.looks)

@@ -121,7 +121,7 @@ def iterate(algorithm: Algorithm[P, S], problem: P, x: Tensor, max_steps: int, *
     return Finished(state, status, steps)
 
 
-def check_tolerances(owner: Any) -> None:
+def check_tolerances(owner: Any, least_steps: int = 1) -> None:
     """Validate the fields ``rtol``, ``atol`` and ``max_steps`` of a configuration object."""
     name = type(owner).__name__
     if (owner.rtol is None) != (owner.atol is None):
@@ -133,7 +133,7 @@ def check_tolerances(owner: Any) -> None:
         value = getattr(owner, field)
         if value is not None and not value >= 0:
             raise MisuseError(f"{name}({field}={value}): a tolerance cannot be negative or NaN; pass a number >= 0.")
-    if not isinstance(owner.max_steps, int) or owner.max_steps < 1:
+    if not isinstance(owner.max_steps, int) or owner.max_steps < least_steps:
         raise MisuseError(
             f"{name}(max_steps={owner.max_steps!r}): at least one step is needed; pass a positive integer."
         )

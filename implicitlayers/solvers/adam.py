@@ -21,7 +21,7 @@ class _State(NamedTuple):
     x: Tensor
     mean: Tensor
     square: Tensor
-    count: Tensor
+    moves: Tensor
     objective: Tensor
     F: Tensor
     progress: Progress | None
@@ -58,7 +58,7 @@ class Adam(Solver[_State]):
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise MisuseError(f"Adam(betas={self.betas}): pass two numbers in [0, 1).")
         if not self.eps > 0:
-            raise MisuseError(f"Adam(eps={self.eps}): zero would divide zero by zero where F vanishes; pass a number > 0.")
+            raise MisuseError(f"Adam(eps={self.eps}): where F vanishes zero is divided by it; pass a number > 0.")
 
     def init(self, problem: Bound, x: Tensor) -> _State:
         zero, count = torch.zeros_like(x), torch.zeros_like(x[..., 0])
@@ -82,24 +82,24 @@ class Adam(Solver[_State]):
         if state.progress is not None:
             # The path need not be monotone, so idle steps say nothing.
             return state.progress.verdict(self)
-        running = torch.full_like(state.count, RUNNING, dtype=torch.int64)
+        running = torch.full_like(state.moves, RUNNING, dtype=torch.int64)
         return torch.where(torch.isfinite(state.x).all(-1), running, torch.full_like(running, Status.NON_FINITE))
 
     def postprocess(self, problem: Bound, state: _State) -> tuple[Tensor, Tensor, Tensor]:
         return state.x, norm(state.F), state.objective
 
     def resume(self, problem: Bound, state: _State) -> _State:
-        return self.init(problem, state.x)._replace(mean=state.mean, square=state.square, count=state.count)
+        return self.init(problem, state.x)._replace(mean=state.mean, square=state.square, count=state.moves)
 
     def _move(self, state: _State, F: Tensor) -> _State:
         first, second = self.betas
         mean = torch.lerp(state.mean, F, 1 - first)
         square = second * state.square + (1 - second) * F * F
-        count = state.count + 1
+        count = state.moves + 1
         root = torch.where(square > 0, torch.where(square > 0, square, torch.ones_like(square)).sqrt(), square)
         deviation = root / _correction(second, count).sqrt().unsqueeze(-1) + self.eps
         x = state.x - self.lr / _correction(first, count).unsqueeze(-1) * mean / deviation
-        return state._replace(x=x, mean=mean, square=square, count=count)
+        return state._replace(x=x, mean=mean, square=square, moves=count)
 
 
 def _correction(beta: float, count: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ class LevenbergMarquardt(Solver[_Damped]):
     """Levenberg-Marquardt, x ← x - (JᵀBJ + μI)⁻¹ ∇f with J and B as for `GaussNewton` and a damping μ for every lane.
 
     A step is taken only if the objective falls. With ρ the fall in units of what the quadratic model promised, μ is
-    multiplied by max(⅓, 1 - (2ρ - 1)³) after a step, and by 2, 4, 8, … after one refusal after the other (Nielsen 1999).
-    Choose it for nonlinear least squares from a rough start, and where J lacks rank. The objective must be a
+    multiplied by max(⅓, 1 - (2ρ - 1)³) after a step, and by 2, 4, 8, … after one refusal after the other (Nielsen
+    1999). Choose it for nonlinear least squares from a rough start, and where J lacks rank. The objective must be a
     `Composite`, as `least_squares` makes one. Where the fall drowns in the rounding of f it is taken from the slopes at
     both ends of the step, -½ dᵀ(∇f + ∇f₊).
 
