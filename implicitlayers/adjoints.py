@@ -9,23 +9,26 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from implicitlayers.implicit import AdjointRule, ImplicitArgmin, Stationarity, finish_forward, solve_forward
+from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.cg import CG
 from implicitlayers.linear.solve import LinearSolver
+from implicitlayers.linearized import AdjointRule
 from implicitlayers.loop import Finished, iterate, run, unlooked
-from implicitlayers.problem import Bound, ObjectiveTerm, Outcome, Term
+from implicitlayers.optimality import Optimality, finish_forward, solve_forward
+from implicitlayers.problem import Kind, Outcome, Posed
 from implicitlayers.solver import Solver
 from implicitlayers.status import AdjointReport, MisuseError, Policy, check_policy
+from implicitlayers.terms import ObjectiveTerm
 
 __all__ = ["Adjoint", "Implicit", "OneStep", "Unrolled"]
 
 
 class Adjoint(ABC):
-    """A way to differentiate the minimizer of a sum of terms."""
+    """A way to differentiate the solution of a problem."""
 
     @abstractmethod
     def solve(
-        self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
+        self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
         """Solve so that the outcome's `x` is differentiable in `tensors`."""
 
@@ -57,16 +60,22 @@ class Implicit(Adjoint):
             raise MisuseError(f'Implicit(curvature={self.curvature!r}): pass "hessian" or "gauss_newton".')
 
     def solve(
-        self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
+        self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
         gauss_newton = self.curvature == "gauss_newton"
-        if gauss_newton and any(isinstance(t, ObjectiveTerm) and t.model is None for t in terms):
+        if gauss_newton and any(isinstance(t, ObjectiveTerm) and t.model is None for t in posed.terms):
             raise MisuseError(
                 'curvature="gauss_newton" needs to know where the model ends and the loss begins, and the objective is '
                 "a plain function; pass Composite(model, loss)."
             )
+        if posed.kind is not Kind.MINIMUM and self.linear_solver.requires_symmetric:
+            name = type(self.linear_solver).__name__
+            raise MisuseError(
+                f"Implicit({name}()): {name} solves symmetric systems only, and the Jacobian of {posed.kind.value} "
+                "is not symmetric; pass Implicit(Dense()), or a linear solver for general systems."
+            )
         rule = AdjointRule(self.linear_solver, self.damping, gauss_newton, self.on_failure, report)
-        return Outcome(*ImplicitArgmin.apply(Stationarity(terms, solver, rule), x0, *tensors))
+        return Outcome(*ImplicitArgmin.apply(Optimality(posed, solver, rule), x0, *tensors))
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,10 @@ class Unrolled(Adjoint):
             )
 
     def solve(
-        self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
+        self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
         _check_recordable(self, solver)
-        bound = Bound(terms, tuple(tensors), ())
+        bound = posed.bind(tensors)
         if self.last is None:
             # A solver that has nothing to do returns its start, which belongs to the caller.
             return solve_forward(solver, bound, x0.clone())
@@ -103,7 +112,7 @@ class Unrolled(Adjoint):
                 "taken from the solution."
             )
         recorded = min(self.last, solver.max_steps)
-        frozen = Bound(terms, tuple(t.detach() for t in tensors), ())
+        frozen = posed.bind([t.detach() for t in tensors])
         state = run(solver, frozen, solver.init(frozen, x0.detach()), solver.max_steps - recorded)
         state = run(solver, bound, solver.resume(bound, state), recorded)
         return finish_forward(solver, bound, unlooked(solver, bound, state, solver.max_steps))
@@ -131,11 +140,11 @@ class OneStep(Adjoint):
             raise MisuseError(f"OneStep(steps={self.steps}): nothing would be differentiated; pass a positive integer.")
 
     def solve(
-        self, terms: tuple[Term, ...], solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
+        self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
         _check_recordable(self, solver)
-        bound = Bound(terms, tuple(tensors), ())
-        frozen = Bound(terms, tuple(t.detach() for t in tensors), ())
+        bound = posed.bind(tensors)
+        frozen = posed.bind([t.detach() for t in tensors])
         end = iterate(solver, frozen, x0.detach(), solver.max_steps, look=solver.looks)
         state = run(solver, bound, solver.resume(bound, end.state), self.steps)
         return finish_forward(solver, bound, Finished(state, end.status, end.steps))

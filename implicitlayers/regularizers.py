@@ -9,25 +9,45 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicitlayers.flat import Structure, Tree
 from implicitlayers.loop import dot
-from implicitlayers.problem import Lanes, Potential, Term, aligned
+from implicitlayers.problem import Lanes, Nonsmooth, Potential, Term, aligned
 from implicitlayers.status import MisuseError
 
-__all__ = ["Proximal", "Regularizer", "Ridge", "Sum"]
+__all__ = ["Pieces", "Proximal", "Regularizer", "Ridge", "Sum"]
+
+
+class Pieces(NamedTuple):
+    """What a regularizer adds to a problem.
+
+    Attributes:
+        terms: its smooth terms.
+        nonsmooth: its part with kinks or constraints, if it has one.
+        tensors: what it depends on.
+    """
+
+    terms: list[Term]
+    nonsmooth: Nonsmooth | None
+    tensors: list[Tensor]
 
 
 class Regularizer(ABC):
-    """A penalty on the unknown; regularizers add with ``+``."""
+    """A penalty or a constraint on the unknown; regularizers add with ``+`` where at most one has kinks."""
 
     @abstractmethod
-    def terms(self, structure: Structure, first_slot: int) -> tuple[list[Term], list[Tensor]]:
-        """The terms for an unknown of this structure, and their tensors, which take the slots from `first_slot` on."""
+    def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
+        """What it adds for an unknown of this structure.
+
+        Args:
+            structure: of the unknown.
+            start: where the solve starts, ``[n]``.
+            first_slot: the slot of the first of its tensors; the others follow.
+        """
 
     def __add__(self, other: Regularizer) -> Regularizer:
         """The sum of both penalties."""
@@ -43,10 +63,16 @@ class Sum(Regularizer):
                 raise MisuseError(f"{part!r} is no regularizer and cannot be added to one.")
         self.first, self.second = first, second
 
-    def terms(self, structure: Structure, first_slot: int) -> tuple[list[Term], list[Tensor]]:
-        terms, tensors = self.first.terms(structure, first_slot)
-        more_terms, more_tensors = self.second.terms(structure, first_slot + len(tensors))
-        return terms + more_terms, tensors + more_tensors
+    def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
+        one = self.first.pose(structure, start, first_slot)
+        two = self.second.pose(structure, start, first_slot + len(one.tensors))
+        if one.nonsmooth is not None and two.nonsmooth is not None:
+            raise MisuseError(
+                f"{type(self.first).__name__} + {type(self.second).__name__}: both have kinks or constraints, and the "
+                "proximal map of their sum is not known from theirs; keep one, or write the map of the sum as a Prox."
+            )
+        nonsmooth = two.nonsmooth if one.nonsmooth is None else one.nonsmooth
+        return Pieces(one.terms + two.terms, nonsmooth, one.tensors + two.tensors)
 
 
 class Proximal(Regularizer):
@@ -62,9 +88,9 @@ class Proximal(Regularizer):
         _check_strength("Proximal", lam)
         self.anchor, self.lam = anchor, lam
 
-    def terms(self, structure: Structure, first_slot: int) -> tuple[list[Term], list[Tensor]]:
+    def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
         tensors = [structure.broadcast(self.lam, "Proximal's lam"), structure.flatten(self.anchor, "Proximal's anchor")]
-        return [QuadraticTerm((first_slot, first_slot + 1))], tensors
+        return Pieces([QuadraticTerm((first_slot, first_slot + 1))], None, tensors)
 
 
 class Ridge(Regularizer):
@@ -78,8 +104,8 @@ class Ridge(Regularizer):
         _check_strength("Ridge", lam)
         self.lam = lam
 
-    def terms(self, structure: Structure, first_slot: int) -> tuple[list[Term], list[Tensor]]:
-        return [QuadraticTerm((first_slot,))], [structure.broadcast(self.lam, "Ridge's lam")]
+    def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
+        return Pieces([QuadraticTerm((first_slot,))], None, [structure.broadcast(self.lam, "Ridge's lam")])
 
 
 def _check_strength(name: str, lam: Any) -> None:
@@ -99,6 +125,9 @@ class QuadraticTerm(Potential):
 
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
         return params[0] * self._away(x, params)
+
+    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
+        return self.accumulate(torch.zeros_like(x[..., 0]), torch.zeros_like(x), x, params, lanes)
 
     def accumulate(
         self, value: Tensor, F: Tensor, x: Tensor, params: Sequence[Tensor], lanes: Lanes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicitlayers.flat import Tree
 from implicitlayers.loop import Algorithm, norm, not_finite
-from implicitlayers.problem import Bound
+from implicitlayers.problem import Bound, Kind
 from implicitlayers.status import RUNNING, Status
 
 __all__ = ["Progress", "Solver"]
@@ -26,14 +26,21 @@ class Solver(Algorithm[Bound, S]):
     size of the terms that cancel in F, so that a start next to the solution asks for no more than rounding allows.
     A positive rtol is taken as 64 machine epsilons where it is smaller. With ``rtol=atol=None`` exactly `max_steps`
     steps are run and no value is looked at.
+
+    Attributes:
+        handles: the kinds of problem the method is made for.
+        recordable: whether a step is made of differentiable operations, so that `Unrolled` and `OneStep` may record it.
+        rtol: relative tolerance.
+        atol: absolute tolerance, in the units of F.
+        max_steps: limit on the steps.
     """
+
+    handles: ClassVar[frozenset[Kind]] = frozenset({Kind.MINIMUM})
+    recordable: ClassVar[bool] = True
 
     rtol: float | None
     atol: float | None
     max_steps: int
-
-    recordable: ClassVar[bool] = True
-    """Whether single steps can be differentiated, as `Unrolled` and `OneStep` do."""
 
     def start(self, x0: Tree) -> Tree:
         """Where the loop begins: `x0`, or a tree like it that the solver brings along."""

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from implicitlayers.functorch import carries_derivative, is_wrapped
-from implicitlayers.implicit import AdjointRule, ImplicitArgmin, LinearSystem
+from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.solve import LinearSolver
-from implicitlayers.problem import Bound, ObjectiveTerm
+from implicitlayers.linearized import AdjointRule, LinearSystem
+from implicitlayers.problem import Bound
 from implicitlayers.regularizers import QuadraticTerm
 from implicitlayers.solvers.line_search import Point
 from implicitlayers.status import AdjointReport, MisuseError, Status
+from implicitlayers.terms import ObjectiveTerm
 
 __all__ = ["damped", "gauss_newton_of", "newton_direction"]
 
@@ -25,20 +27,20 @@ def gauss_newton_of(problem: Bound, solver: object) -> Bound:
     Raises:
         MisuseError: the objective does not say where its model ends.
     """
-    if any(isinstance(t, ObjectiveTerm) and t.model is None for t in problem.terms):
+    if any(isinstance(t, ObjectiveTerm) and t.model is None for t in problem.posed.terms):
         raise MisuseError(
             f"{type(solver).__name__} needs to know where the model ends and the loss begins, and the objective is a "
             "plain function; pass Composite(model, loss), or use Newton."
         )
-    terms = tuple(replace(t, gauss_newton=True) if isinstance(t, ObjectiveTerm) else t for t in problem.terms)
-    return replace(problem, terms=terms)
+    return problem.gauss_newton()
 
 
 def damped(problem: Bound, damping: Tensor) -> Bound:
     """The same problem with ``damping [*lanes]`` times the identity added to its linearization; good for that alone."""
     term = QuadraticTerm((len(problem.tensors),))
     lanes = tuple((*level, 0) for level in problem.lanes)
-    return replace(problem, terms=(*problem.terms, term), tensors=(*problem.tensors, damping), lanes=lanes)
+    posed = replace(problem.posed, terms=(*problem.posed.terms, term))
+    return Bound(posed, (*problem.tensors, damping), lanes)
 
 
 def newton_direction(problem: Bound, at: Point, linear_solver: LinearSolver, damping: float) -> Tensor:
@@ -55,7 +57,7 @@ def newton_direction(problem: Bound, at: Point, linear_solver: LinearSolver, dam
         return linear_solver.solve(operator, -at.F).x
     rule = AdjointRule(linear_solver, damping, False, "ignore", AdjointReport())
     lanes = tuple((0, 0, *level) for level in problem.lanes)
-    system = LinearSystem(problem.terms, rule, lanes, minimizing=True)
+    system = LinearSystem(problem.posed.terms, rule, lanes, transposes=False, minimizing=True)
     solved, status, *_ = ImplicitArgmin.apply(system, torch.zeros_like(at.x), -at.F, at.x, *problem.tensors)
     broken = (status == Status.INDEFINITE) | (status == Status.SINGULAR) | (status == Status.NON_FINITE)
     return torch.where(broken.unsqueeze(-1), -at.F, solved)

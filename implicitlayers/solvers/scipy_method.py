@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from implicitlayers.linear.operator import Operator
 from implicitlayers.loop import check_tolerances
-from implicitlayers.problem import Bound, ObjectiveTerm
+from implicitlayers.problem import Bound
 from implicitlayers.solver import Progress, Solver
 from implicitlayers.solvers.lanes import each_lane, lane_of
 from implicitlayers.status import RUNNING, MisuseError, Status
+from implicitlayers.terms import ObjectiveTerm
 
 __all__ = ["Scipy"]
 
@@ -215,7 +216,7 @@ class _Lane:
 
     def residuals(self) -> Callable[[Tensor], Tensor]:
         """The model's output as one vector, where the objective is half its square and nothing else."""
-        term, *others = self.problem.terms
+        term, *others = self.problem.posed.terms
         if others or not isinstance(term, ObjectiveTerm) or term.model is None:
             raise MisuseError(
                 "Scipy's least-squares methods need an objective ½‖r(x)‖² given as a Composite, and no regularizer; "

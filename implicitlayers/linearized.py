@@ -1,0 +1,194 @@
+"""The linear system of a derivative, A u = v or Aᵀu = v with A = ∂F/∂x, as an optimality condition of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from implicitlayers.linear.operator import Operator
+from implicitlayers.linear.solve import LinearSolution, LinearSolver
+from implicitlayers.problem import Condition, Lanes, Outcome, Posed, Term, aligned
+from implicitlayers.status import (
+    AdjointError,
+    AdjointReport,
+    AdjointWarning,
+    Policy,
+    describe_failures,
+    failed,
+    warn_caller,
+)
+
+__all__ = ["AdjointRule", "LinearSystem"]
+
+
+@dataclass(frozen=True)
+class AdjointRule:
+    """How the linear system of a derivative is solved, and what happens where it cannot be.
+
+    Attributes:
+        linear_solver: solves A u = v.
+        damping: added to A.
+        gauss_newton: whether A uses Gauss-Newton curvature.
+        on_failure: policy.
+        report: filled by the first-order derivative.
+    """
+
+    linear_solver: LinearSolver
+    damping: float
+    gauss_newton: bool
+    on_failure: Policy
+    report: AdjointReport = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _ProductTerm(Term):
+    """u ↦ (∂residual/∂x) u of another term or its transpose; its parameters are the other's x and tensors."""
+
+    base: Term
+    transposes: bool
+
+    @property
+    def slots(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (1, *(slot + 2 for slot in self.base.slots))
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return self.base.symmetric
+
+    def residual(self, x: Tensor, *params: Tensor) -> Tensor:
+        return (self.base.transposed if self.transposes else self.base.product)(x, *params)
+
+    def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
+        return (self.base.transposed if self.transposes else self.base.product)(y, *params)
+
+    def transposed(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
+        return (self.base.product if self.transposes else self.base.transposed)(y, *params)
+
+    def linearize(
+        self, x: Tensor, params: Sequence[Tensor], lanes: Lanes, *, transposed: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        return self.base.linearize(*self._at_base(x, params, lanes), transposed=transposed != self.transposes)
+
+    def diagonal(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Tensor | None:
+        return self.base.diagonal(*self._at_base(x, params, lanes))
+
+    @staticmethod
+    def _at_base(x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Sequence[Tensor], Lanes]:
+        # Linear in u: its own linearization is the base's at the base's point, which may lack lanes that u has.
+        point = _over_lanes(params[0], [level[0] for level in lanes], x.shape[:-1])
+        return point, params[1:], tuple(level[1:] for level in lanes)
+
+
+@dataclass(frozen=True)
+class _RightHandSide(Term):
+    """u ↦ -v."""
+
+    slots: tuple[int, ...] = (0,)
+
+    def residual(self, x: Tensor, *params: Tensor) -> Tensor:
+        return -params[0]
+
+    def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
+        return torch.zeros_like(y)
+
+
+@dataclass(frozen=True)
+class LinearSystem(Condition):
+    """(A(x, θ) + damping·I) u - v = 0 in u, with tensors ``(v, x, *θ)``, or the same with Aᵀ."""
+
+    base: tuple[Term, ...]
+    rule: AdjointRule
+    lanes: Lanes
+    transposes: bool
+    first_order: bool = True
+    minimizing: bool = False
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        # The damping term depends on no tensor, so it matters to `solve` alone.
+        return (_RightHandSide(), *(_ProductTerm(t, self.transposes) for t in self.base))
+
+    def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> Outcome:
+        v, x, rest = tensors[0], tensors[1], tuple(tensors[2:])
+        v = _over_lanes(v, [level[0] for level in self.lanes], x0.shape[:-1])
+        # In a level where only the cotangent has a lane (the rows of a Jacobian) one linearization serves all lanes.
+        shared = [all(dim is None for dim in level[1:]) for level in self.lanes]
+        sizes = [size for size, alone in zip(x0.shape[:-1], reversed(shared), strict=True) if not alone]
+        own = tuple(level for level, alone in zip(self.lanes, shared, strict=True) if not alone)
+        x = _over_lanes(x, [level[1] for level in own], sizes)
+        bound = Posed(self.base).bind(rest, tuple(level[2:] for level in own))
+
+        def product(transposed: bool) -> Callable[[Tensor], Tensor]:
+            return _share(bound.linearize(x, self.rule.damping, transposed=transposed), shared)
+
+        symmetric = all(term.symmetric for term in self.base)
+        other = None if symmetric else _Late(lambda: product(not self.transposes))
+        operator = Operator(product(self.transposes), symmetric, self.minimizing, other)
+        solution = self.rule.linear_solver.solve(operator, v)
+        u = self._report(solution)
+        return Outcome(
+            u, solution.status, solution.steps, solution.residual, torch.full_like(solution.residual, torch.nan)
+        )
+
+    def linear_system(self, *, transposed: bool) -> LinearSystem:
+        # F is linear in u, so the derivative of u is governed by the same matrix, with a new right-hand side.
+        products = tuple(_ProductTerm(t, self.transposes) for t in self.base)
+        lanes = tuple((0, 0, *level) for level in self.lanes)
+        return LinearSystem(products, self.rule, lanes, transposed, first_order=False)
+
+    def with_lanes(self, lanes: Lanes) -> LinearSystem:
+        return replace(self, lanes=lanes)
+
+    def _report(self, solution: LinearSolution) -> Tensor:
+        """Keep the report, apply the policy, and return the solution."""
+        rule = self.rule
+        if self.first_order:
+            low = solution.curvature_min
+            bound = torch.where(low > 0, solution.residual / low, torch.full_like(low, torch.inf))
+            rule.report.steps, rule.report.status = solution.steps, solution.status
+            rule.report.residual, rule.report.curvature = solution.residual, (low, solution.curvature_max)
+            rule.report.damping, rule.report.error_estimate = rule.damping, bound
+        if rule.on_failure == "nan":
+            return torch.where(
+                failed(solution.status).unsqueeze(-1), torch.full_like(solution.x, torch.nan), solution.x
+            )
+        if rule.on_failure in ("raise", "warn") and rule.linear_solver.looks and bool(failed(solution.status).any()):
+            message = describe_failures(
+                "The linear solve of the derivative", solution.status, solution.steps, solution.residual
+            )
+            if rule.on_failure == "raise":
+                raise AdjointError(message)
+            warn_caller(AdjointWarning(message))
+        return solution.x
+
+
+class _Late:
+    """A product that is linearized when it is first asked for, since most linear solvers never do."""
+
+    def __init__(self, make: Callable[[], Callable[[Tensor], Tensor]]) -> None:
+        self._make = make
+        self._made: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        if self._made is None:
+            self._made = self._make()
+        return self._made(y)
+
+
+def _over_lanes(t: Tensor, has: Sequence[int | None], sizes: Sequence[int]) -> Tensor:
+    """Expand ``t [*some lanes, n]`` to all lanes; `has` is innermost level first, `sizes` outermost first."""
+    return aligned(t, has).expand(*sizes, t.shape[-1])
+
+
+def _share(product: Callable[[Tensor], Tensor], shared: Sequence[bool]) -> Callable[[Tensor], Tensor]:
+    """Map a product that knows only the other levels over the shared ones; `shared` is innermost level first."""
+    for level, alone in enumerate(shared):
+        if alone:
+            # Shared levels further out are stripped by the maps around this one, so only the others stand before it.
+            dim = sum(not outer for outer in shared[level + 1 :])
+            product = vmap(product, in_dims=dim, out_dims=dim)
+    return product
