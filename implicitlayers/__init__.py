@@ -3,9 +3,16 @@
 from implicitlayers.adjoints import Adjoint, Implicit, OneStep, Unrolled
 from implicitlayers.api import argmin, fixed_point, least_squares, root
 from implicitlayers.implicit import ImplicitArgmin
+from implicitlayers.linear.auto import Auto
+from implicitlayers.linear.bicgstab import BiCGStab
 from implicitlayers.linear.cg import CG
 from implicitlayers.linear.dense import Dense
+from implicitlayers.linear.gmres import GMRES
+from implicitlayers.linear.minres import MINRES
+from implicitlayers.linear.neumann import Neumann
+from implicitlayers.linear.normal import LSMR, NormalCG
 from implicitlayers.linear.operator import Operator
+from implicitlayers.linear.preconditioner import Jacobi, LBFGSPreconditioner, Nystrom, Preconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.problem import Kind
 from implicitlayers.regularizers import Proximal, Regularizer, Ridge
@@ -25,15 +32,16 @@ from implicitlayers.status import (
     SolveWarning,
     Stats,
     Status,
-)  # fmt: skip
+)
 from implicitlayers.terms import Composite
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CG", "LBFGS", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning", "Armijo", "Composite", "Dense",
-    "GradientDescent", "Implicit", "ImplicitArgmin", "ImplicitLayersError", "Kind", "LineSearch", "LinearSolution",
-    "LinearSolver", "MisuseError", "Newton", "OneStep", "Operator", "Proximal", "Regularizer", "Ridge", "Solution",
-    "SolveError", "SolveWarning", "Solver", "Stats", "Status", "Unrolled", "argmin", "fixed_point", "least_squares",
-    "root",
+    "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning", "Armijo",
+    "Auto", "BiCGStab", "Composite", "Dense", "GradientDescent", "Implicit", "ImplicitArgmin", "ImplicitLayersError",
+    "Jacobi", "Kind", "LBFGSPreconditioner", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann",
+    "Newton", "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "Proximal", "Regularizer", "Ridge",
+    "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "Unrolled", "argmin", "fixed_point",
+    "least_squares", "root",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from implicitlayers.implicit import ImplicitArgmin
-from implicitlayers.linear.cg import CG
+from implicitlayers.linear.auto import Auto
 from implicitlayers.linear.solve import LinearSolver
 from implicitlayers.linearized import AdjointRule
 from implicitlayers.loop import Finished, iterate, run, unlooked
@@ -40,14 +40,15 @@ class Implicit(Adjoint):
     The derivative is exact at an exact solution; after an inexact solve its error is proportional to the residual.
 
     Args:
-        linear_solver: solves A u = v with A the curvature at the solution.
+        linear_solver: solves A u = v with A the curvature at the solution, or the transposed system of an equation.
+            `Auto` takes `CG` where A is symmetric, and `Dense` or `GMRES` where it is not.
         damping: added to A, in its units; biases the derivative towards damping⁻¹ v.
         curvature: "hessian", or "gauss_newton" for objectives given as `Composite`: positive semidefinite where the
             loss is convex, cheaper, exact only where the residual curvature vanishes.
         on_failure: "raise", "warn", "ignore" or "nan" for lanes whose linear solve fails.
     """
 
-    linear_solver: LinearSolver = field(default_factory=CG)
+    linear_solver: LinearSolver = field(default_factory=Auto)
     damping: float = 0.0
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
     on_failure: Policy = "warn"
@@ -72,7 +73,7 @@ class Implicit(Adjoint):
             name = type(self.linear_solver).__name__
             raise MisuseError(
                 f"Implicit({name}()): {name} solves symmetric systems only, and the Jacobian of {posed.kind.value} "
-                "is not symmetric; pass Implicit(Dense()), or a linear solver for general systems."
+                "is not symmetric; pass Implicit(GMRES()), Implicit(Dense()), or leave the choice to Implicit()."
             )
         rule = AdjointRule(self.linear_solver, self.damping, gauss_newton, self.on_failure, report)
         return Outcome(*ImplicitArgmin.apply(Optimality(posed, solver, rule), x0, *tensors))

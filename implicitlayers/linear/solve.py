@@ -8,8 +8,9 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from implicitlayers.linear.operator import Operator
+from implicitlayers.status import MisuseError
 
-__all__ = ["LinearSolution", "LinearSolver"]
+__all__ = ["LinearSolution", "LinearSolver", "check_right_hand_side"]
 
 
 class LinearSolution(NamedTuple):
@@ -33,7 +34,7 @@ class LinearSolution(NamedTuple):
 
 
 class LinearSolver(ABC):
-    """Solves A x = b on every lane.
+    """Solves A x = b on every lane, in real arithmetic.
 
     Concrete solvers are frozen dataclasses. They never raise for a system they cannot solve: they say so in the status.
 
@@ -55,3 +56,17 @@ class LinearSolver(ABC):
     @abstractmethod
     def looks(self) -> bool:
         """Whether the solver looks at values, so that its status means something; False for a fixed number of steps."""
+
+
+def check_right_hand_side(b: Tensor) -> None:
+    """Raise `MisuseError` unless b is a real floating-point ``[*lanes, n]``."""
+    if not b.is_floating_point():
+        hint = (
+            "a complex system is a real one of twice the size: pass torch.view_as_real(b).flatten(-2) and the operator "
+            "on such vectors"
+            if b.is_complex()
+            else "pass b.to(torch.get_default_dtype())"
+        )
+        raise MisuseError(f"the right-hand side is {b.dtype}, and linear systems are solved in real numbers; {hint}.")
+    if b.ndim == 0:
+        raise MisuseError("the right-hand side is 0-d, and the last dimension is the vector; pass b.reshape(1).")
