@@ -117,6 +117,7 @@ class Unrolled(Adjoint):
     def solve(
         self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
+        _check_recordable(self, solver)
         bound = posed.bind(tensors)
         if self.last is None:
             # A solver that has nothing to do returns its start, which belongs to the caller.
@@ -139,10 +140,11 @@ class OneStep(Adjoint):
     """Jacobian-free: differentiate a few solver steps taken from the solution (Fung et al. 2022; Bolte et al. 2023).
 
     The derivative is that of a truncated Neumann series (gradient descent), or exact to first order (Newton, which
-    converges quadratically). Choose it where the linear solve of `Implicit` is too dear or does not converge.
+    converges quadratically), also where F is zero to the last bit. Choose it where the linear solve of `Implicit` is
+    too dear or does not converge.
 
-    Known limit: where F is zero to the last bit, as after Newton's method on a quadratic, there is no Newton direction
-    left to differentiate, and the derivative of the recorded step is not that of the solution; use `Implicit` there.
+    Known limit: an L-BFGS step has the curvature of the pairs gathered on the way. In directions that the solve never
+    went along its derivative is that of a scaled gradient step; use `Implicit`, or Newton.
 
     Args:
         steps: recorded steps.
@@ -157,8 +159,18 @@ class OneStep(Adjoint):
     def solve(
         self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
+        _check_recordable(self, solver)
         bound = posed.bind(tensors)
         frozen = posed.bind([t.detach() for t in tensors])
         end = iterate(solver, frozen, x0.detach(), solver.max_steps, look=solver.looks)
         state = run(solver, bound, solver.resume(bound, end.state), self.steps)
         return finish_forward(solver, bound, Finished(state, end.status, end.steps))
+
+
+def _check_recordable(adjoint: Adjoint, solver: Solver[Any]) -> None:
+    if not solver.recordable:
+        raise MisuseError(
+            f"{type(adjoint).__name__} differentiates the solver's steps, and those of {type(solver).__name__} leave "
+            "no graph behind: they are another program's, or a choice among them. Differentiate the solution instead, "
+            "with adjoint=Implicit()."
+        )

@@ -145,6 +145,7 @@ class LinearSystem(Condition):
     lanes: Lanes
     transposes: bool
     first_order: bool = True
+    minimizing: bool = False
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -166,7 +167,7 @@ class LinearSystem(Condition):
 
         symmetric = all(term.symmetric for term in self.base)
         other = None if symmetric else Late(lambda: product(not self.transposes))
-        operator = Operator(product(self.transposes), symmetric, apply_transpose=other)
+        operator = Operator(product(self.transposes), symmetric, self.minimizing, other)
         warm = self.rule.warm_start if self.first_order else None
         solution = self.rule.prepared().solve(operator, v, None if warm is None else warm.start(v))
         if warm is not None:

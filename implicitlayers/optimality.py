@@ -25,7 +25,7 @@ def solve_forward(solver: Solver[Any], bound: Bound, x0: Tensor) -> Outcome:
 def finish_forward(solver: Solver[Any], bound: Bound, end: Finished) -> Outcome:
     """What the end of a loop means as an outcome."""
     x, residual, objective = solver.postprocess(bound, end.state)
-    return Outcome(x, end.status, end.steps, residual, objective)
+    return Outcome(x, end.status, solver.count(end.state, end.steps), residual, objective)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Call:
 
     def _run(self) -> Solution:
         structure = Structure.of(self.x0)
-        start = structure.flatten(self.x0, "x0")
+        start = structure.flatten(self.solver.start(self.x0), "what the solver starts from")
         with full_precision(start):
             return self._solve(structure, start)
 

@@ -25,7 +25,8 @@ FLOORS = (
     {"loop", "certificate", "policy", "terms"},
     {"regularizers", "pose"},
     {"linear", "solver"},
-    {"implicit", "linearized", "solvers"},
+    {"implicit", "linearized"},
+    {"solvers"},
     {"optimality"},
     {"adjoints"},
     {"linear_equation", "solve"},
@@ -36,7 +37,7 @@ FLOORS = (
 FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 
 # Inside these packages a family knows what is shared, and no other family; but for the one that chooses among them.
-SHARED = {"linear": {"krylov", "operator", "preconditioner", "solve"}, "solvers": {"line_search"}}
+SHARED = {"linear": {"krylov", "operator", "preconditioner", "solve"}, "solvers": {"direction", "lanes", "line_search"}}
 CHOOSES = {"linear.auto"}
 
 # Seen from applications/ and benchmarks/, everything else is internal.
@@ -245,7 +246,7 @@ PLANTED = {
     "upwards": ("status.py", "from implicitlayers.api import argmin", "lower floor"),
     "upwards, relative": ("loop.py", "from .linear.cg import CG", "lower floor"),
     "upwards, from a subpackage": ("linear/cg.py", "from ..solvers import line_search", "lower floor"),
-    "same floor": ("solvers/newton.py", "from implicitlayers import implicit", "lower floor"),
+    "same floor": ("implicit.py", "from .solvers import newton", "lower floor"),
     "hidden in a function": ("status.py", "def late():\n    from . import loop", "lower floor"),
     "hidden from the interpreter": (
         "flat.py",
