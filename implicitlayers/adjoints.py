@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.auto import Auto
 from implicitlayers.linear.solve import LinearSolver
-from implicitlayers.linearized import AdjointRule
+from implicitlayers.linearized import AdjointRule, WarmStart
 from implicitlayers.loop import Finished, iterate, run, unlooked
 from implicitlayers.optimality import Optimality, finish_forward, solve_forward
 from implicitlayers.problem import Kind, Outcome, Posed
@@ -45,13 +45,18 @@ class Implicit(Adjoint):
         damping: added to A, in its units; biases the derivative towards damping⁻¹ v.
         curvature: "hessian", or "gauss_newton" for objectives given as `Composite`: positive semidefinite where the
             loss is convex, cheaper, exact only where the residual curvature vanishes.
+        warm_start: start the linear solve from the last solution of the same shape, kept in this object between calls:
+            in training, where neighbouring outer steps have neighbouring adjoints, fewer products reach a tolerance.
+            With a fixed number of products the derivative then depends on the calls before.
         on_failure: "raise", "warn", "ignore" or "nan" for lanes whose linear solve fails.
     """
 
     linear_solver: LinearSolver = field(default_factory=Auto)
     damping: float = 0.0
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    warm_start: bool = False
     on_failure: Policy = "warn"
+    _last: WarmStart = field(default_factory=WarmStart, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_policy(self.on_failure, "Implicit's on_failure")
@@ -63,8 +68,9 @@ class Implicit(Adjoint):
     def solve(
         self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
-        gauss_newton = self.curvature == "gauss_newton"
-        if gauss_newton and any(isinstance(t, ObjectiveTerm) and t.model is None for t in posed.terms):
+        if self.curvature == "gauss_newton" and any(
+            isinstance(t, ObjectiveTerm) and t.model is None for t in posed.terms
+        ):
             raise MisuseError(
                 'curvature="gauss_newton" needs to know where the model ends and the loss begins, and the objective is '
                 "a plain function; pass Composite(model, loss)."
@@ -75,8 +81,18 @@ class Implicit(Adjoint):
                 f"Implicit({name}()): {name} solves symmetric systems only, and the Jacobian of {posed.kind.value} "
                 "is not symmetric; pass Implicit(GMRES()), Implicit(Dense()), or leave the choice to Implicit()."
             )
-        rule = AdjointRule(self.linear_solver, self.damping, gauss_newton, self.on_failure, report)
-        return Outcome(*ImplicitArgmin.apply(Optimality(posed, solver, rule), x0, *tensors))
+        return Outcome(*ImplicitArgmin.apply(Optimality(posed, solver, self.rule(report)), x0, *tensors))
+
+    def rule(self, report: AdjointReport) -> AdjointRule:
+        """The same in the terms of the linear system, for one call."""
+        return AdjointRule(
+            self.linear_solver,
+            self.damping,
+            self.curvature == "gauss_newton",
+            self.on_failure,
+            report,
+            self._last if self.warm_start else None,
+        )
 
 
 @dataclass(frozen=True)

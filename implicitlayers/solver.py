@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -58,6 +59,10 @@ class Solver(Algorithm[Bound, S]):
     @abstractmethod
     def postprocess(self, problem: Bound, state: S) -> tuple[Tensor, Tensor, Tensor]:
         """The solution ``[*lanes, n]``, and the norm of F and the objective ``[*lanes]`` where last evaluated."""
+
+    def pairs(self, state: S) -> Sequence[tuple[Tensor, Tensor]]:
+        """Steps and changes of F ``[*lanes, n]`` that the method has kept, for `LBFGSPreconditioner`."""
+        return ()
 
     def resume(self, problem: Bound, state: S) -> S:
         """The same state, with its evaluations made anew under `problem` so that derivatives reach them."""

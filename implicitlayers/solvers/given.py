@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -143,6 +144,9 @@ class BestSoFar(Solver[_Best]):
         objective = state.objective
         objective = torch.full_like(objective, torch.nan) if problem.kind is Kind.ROOT else objective
         return state.x, state.residual, objective
+
+    def pairs(self, state: _Best) -> Sequence[tuple[Tensor, Tensor]]:
+        return self.solver.pairs(state.inner)
 
     def count(self, state: _Best, steps: Tensor) -> Tensor:
         return self.solver.count(state.inner, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -87,6 +88,9 @@ class LBFGS(Solver[_State]):
 
     def postprocess(self, problem: Bound, state: _State) -> tuple[Tensor, Tensor, Tensor]:
         return state.point.x, norm(state.point.F), state.point.objective
+
+    def pairs(self, state: _State) -> Sequence[tuple[Tensor, Tensor]]:
+        return [(pair.s, pair.y) for pair in state.memory.pairs]
 
     def resume(self, problem: Bound, state: _State) -> _State:
         return self.init(problem, state.point.x)._replace(memory=state.memory)
