@@ -1,5 +1,6 @@
 """Differentiable layers whose output is the solution of an optimization problem."""
 
+from implicitlayers import nn
 from implicitlayers.adjoints import Adjoint, Implicit, OneStep, Unrolled
 from implicitlayers.api import argmin, fixed_point, least_squares, root
 from implicitlayers.implicit import ImplicitArgmin
@@ -19,12 +20,14 @@ from implicitlayers.problem import Kind
 from implicitlayers.regularizers import Proximal, Regularizer, Ridge
 from implicitlayers.solver import Solver
 from implicitlayers.solvers.adam import Adam
+from implicitlayers.solvers.fixed_point import Anderson, Broyden, FixedPointIteration
 from implicitlayers.solvers.given import BestSoFar, Given
 from implicitlayers.solvers.gradient import GradientDescent
 from implicitlayers.solvers.lbfgs import LBFGS
 from implicitlayers.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from implicitlayers.solvers.line_search import Armijo, Fixed, LineSearch, StrongWolfe
 from implicitlayers.solvers.newton import Newton
+from implicitlayers.solvers.proximal import ProximalGradient
 from implicitlayers.solvers.scipy_method import Scipy
 from implicitlayers.solvers.torch_optimizer import TorchOptimizer
 from implicitlayers.status import (
@@ -45,10 +48,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adam", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning",
-    "Armijo", "Auto", "BestSoFar", "BiCGStab", "Composite", "Dense", "Fixed", "GaussNewton", "Given",
-    "GradientDescent", "Implicit", "ImplicitArgmin", "ImplicitLayersError", "Jacobi", "Kind", "LBFGSPreconditioner",
-    "LevenbergMarquardt", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann", "Newton",
-    "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "Proximal", "Regularizer", "Ridge", "Scipy",
-    "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled",
-    "argmin", "fixed_point", "least_squares", "linear_solve", "root",
+    "Anderson", "Armijo", "Auto", "BestSoFar", "BiCGStab", "Broyden", "Composite", "Dense", "Fixed",
+    "FixedPointIteration", "GaussNewton", "Given", "GradientDescent", "Implicit", "ImplicitArgmin",
+    "ImplicitLayersError", "Jacobi", "Kind", "LBFGSPreconditioner", "LevenbergMarquardt", "LineSearch",
+    "LinearSolution", "LinearSolver", "MisuseError", "Neumann", "Newton", "NormalCG", "Nystrom", "OneStep", "Operator",
+    "Preconditioner", "Proximal", "ProximalGradient", "Regularizer", "Ridge", "Scipy", "Solution", "SolveError",
+    "SolveWarning", "Solver", "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled", "argmin", "fixed_point",
+    "least_squares", "linear_solve", "nn", "root",
 ]  # fmt: skip

@@ -37,7 +37,13 @@ class Pieces(NamedTuple):
 
 
 class Regularizer(ABC):
-    """A penalty or a constraint on the unknown; regularizers add with ``+`` where at most one has kinks."""
+    """A penalty or a constraint on the unknown; regularizers add with ``+`` where at most one has kinks.
+
+    Attributes:
+        smooth: whether it has neither kinks nor constraints.
+    """
+
+    smooth: bool = True
 
     @abstractmethod
     def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
@@ -62,6 +68,7 @@ class Sum(Regularizer):
             if not isinstance(part, Regularizer):
                 raise MisuseError(f"{part!r} is no regularizer and cannot be added to one.")
         self.first, self.second = first, second
+        self.smooth = first.smooth and second.smooth
 
     def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
         one = self.first.pose(structure, start, first_slot)
