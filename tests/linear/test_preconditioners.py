@@ -104,8 +104,8 @@ def test_nystrom_deflates_the_top_of_the_spectrum(shift):
     A = orthogonal(n) @ values.diag() @ orthogonal(n).T
     A = (A + A.T) / 2
     M = as_matrix(il.Nystrom(rank=rank + 5, shift=shift).prepare(operator(A), normal(n)), normal(n))
-    # With the shift known, the rest is a low rank, which the sketch gets exactly. Without, the sketch takes the flat part
-    # for its trace: n - rank = 40 times as high.
+    # With the shift known, the rest is a low rank, which the sketch gets exactly. Without, the sketch takes the flat
+    # part for its trace: n - rank = 40 times as high.
     assert torch.linalg.cond(M @ A) < (1.01 if shift else 2 * 40)
     plain, deflated = (
         il.CG(rtol=1e-6, preconditioner=p).solve(operator(A), normal(n)).steps.item()
