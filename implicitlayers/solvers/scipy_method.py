@@ -196,9 +196,11 @@ class Scipy(Solver[_State]):
         return _End(found.x, int(found.nit), int(found[_COUNTS[method.limit]]) >= self.max_steps)
 
     def _root(self, lane: _Lane, method: _Options, tolerance: float) -> _End:
-        jacobian = lane.matrix if method.second else None
-        options = self._told(method, tolerance)
-        found = scipy.optimize.root(lane.residual, lane.start, jac=jacobian, method=self.method, options=options)
+        # SciPy's mixing and quasi-Newton methods move along +F first, so that they want a fixed point as g(x) - x.
+        found = scipy.optimize.root(
+            lambda z: -lane.residual(z), lane.start, jac=(lambda z: -lane.matrix(z)) if method.second else None,
+            method=self.method, options=self._told(method, tolerance),
+        )  # fmt: skip
         taken = int(found.get("nit", found.get("nfev", 0)))
         return _End(np.asarray(found.x), taken, int(found.get(_COUNTS[method.limit], taken)) >= self.max_steps)
 
