@@ -22,6 +22,7 @@ from implicitlayers.functorch import batched
 
 __all__ = [
     "Bound",
+    "Bounded",
     "Condition",
     "Kind",
     "Lanes",
@@ -134,6 +135,14 @@ class Nonsmooth(ABC):
     @abstractmethod
     def value(self, x: Tensor, *params: Tensor) -> Tensor:
         """Contribution to the objective, 0-d; for a constraint 0, at x that satisfy it."""
+
+
+class Bounded(Nonsmooth):
+    """The indicator of a box, which some methods take as bounds."""
+
+    @abstractmethod
+    def bounds(self, x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds, each ``[n]`` like x; infinite where there is none."""
 
 
 def aligned(t: Tensor, has: Sequence[int | None]) -> Tensor:
@@ -250,6 +259,14 @@ class Bound:
         assert self.posed.nonsmooth is not None
         params, lanes = select(self.tensors, self.lanes, self.posed.nonsmooth.slots)
         return batched(self.posed.nonsmooth.value, lanes)(x, *params)
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Lower and upper bounds, each ``[*lanes, n]`` like x, where the nonsmooth part is a box; else None."""
+        nonsmooth = self.posed.nonsmooth
+        if not isinstance(nonsmooth, Bounded):
+            return None
+        params, lanes = select(self.tensors, self.lanes, nonsmooth.slots)
+        return batched(nonsmooth.bounds, lanes)(x, *params)
 
     def gauss_newton(self) -> Bound:
         """The same problem, its curvature products those of Gauss and Newton where a term declares them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitlayers.adjoints import Adjoint, Unrolled
 from implicitlayers.flat import Structure, Tree, flatten_tensors
 from implicitlayers.functorch import all_lanes, carries_derivative, graph_leaves, is_wrapped
-from implicitlayers.pose import Role, UserFunction
+from implicitlayers.pose import Summand, UserFunction
 from implicitlayers.problem import Kind, Outcome, Posed
 from implicitlayers.regularizers import Regularizer
 from implicitlayers.solver import Solver
@@ -50,7 +50,7 @@ class Call:
     """
 
     fn: Callable[..., Any]
-    role: Role
+    role: Summand
     x0: Tree
     params: tuple[Any, ...]
     regularizer: Regularizer | None

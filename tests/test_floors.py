@@ -23,7 +23,8 @@ FLOORS = (
     {"closure"},
     {"problem"},
     {"loop", "certificate", "terms"},
-    {"regularizers", "pose"},
+    {"pose"},
+    {"regularizers"},
     {"linear", "solver"},
     {"implicit", "linearized", "solvers"},
     {"optimality"},
@@ -36,7 +37,11 @@ FLOORS = (
 FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 
 # Inside these packages a family knows what is shared, and no other family; but for the one that chooses among them.
-SHARED = {"linear": {"krylov", "operator", "preconditioner", "solve"}, "solvers": {"line_search"}}
+SHARED = {
+    "linear": {"krylov", "operator", "preconditioner", "solve"},
+    "regularizers": {"base", "groups"},
+    "solvers": {"line_search"},
+}
 CHOOSES = {"linear.auto"}
 
 # Seen from applications/ and benchmarks/, everything else is internal.
