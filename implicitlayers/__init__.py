@@ -14,6 +14,7 @@ from implicitlayers.linear.normal import LSMR, NormalCG
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Jacobi, LBFGSPreconditioner, Nystrom, Preconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
+from implicitlayers.linear_equation import linear_solve
 from implicitlayers.problem import Kind
 from implicitlayers.regularizers import Proximal, Regularizer, Ridge
 from implicitlayers.solver import Solver
@@ -43,5 +44,5 @@ __all__ = [
     "Jacobi", "Kind", "LBFGSPreconditioner", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann",
     "Newton", "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "Proximal", "Regularizer", "Ridge",
     "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "Unrolled", "argmin", "fixed_point",
-    "least_squares", "root",
+    "least_squares", "linear_solve", "root",
 ]  # fmt: skip

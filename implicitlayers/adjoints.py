@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.auto import Auto
 from implicitlayers.linear.solve import LinearSolver
-from implicitlayers.linearized import AdjointRule
+from implicitlayers.linearized import AdjointRule, WarmStart
 from implicitlayers.loop import Finished, iterate, run, unlooked
 from implicitlayers.optimality import Optimality, finish_forward, solve_forward
 from implicitlayers.problem import Kind, Outcome, Posed
@@ -45,13 +45,18 @@ class Implicit(Adjoint):
         damping: added to A, in its units; biases the derivative towards damping⁻¹ v.
         curvature: "hessian", or "gauss_newton" for objectives given as `Composite`: positive semidefinite where the
             loss is convex, cheaper, exact only where the residual curvature vanishes.
+        warm_start: start the linear solve from the last solution of the same shape, kept in this object between calls:
+            in training, where neighbouring outer steps have neighbouring adjoints, fewer products reach a tolerance.
+            With a fixed number of products the derivative then depends on the calls before.
         on_failure: "raise", "warn", "ignore" or "nan" for lanes whose linear solve fails.
     """
 
     linear_solver: LinearSolver = field(default_factory=Auto)
     damping: float = 0.0
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    warm_start: bool = False
     on_failure: Policy = "warn"
+    _last: WarmStart = field(default_factory=WarmStart, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_policy(self.on_failure, "Implicit's on_failure")
@@ -63,8 +68,9 @@ class Implicit(Adjoint):
     def solve(
         self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
-        gauss_newton = self.curvature == "gauss_newton"
-        if gauss_newton and any(isinstance(t, ObjectiveTerm) and t.model is None for t in posed.terms):
+        if self.curvature == "gauss_newton" and any(
+            isinstance(t, ObjectiveTerm) and t.model is None for t in posed.terms
+        ):
             raise MisuseError(
                 'curvature="gauss_newton" needs to know where the model ends and the loss begins, and the objective is '
                 "a plain function; pass Composite(model, loss)."
@@ -75,8 +81,18 @@ class Implicit(Adjoint):
                 f"Implicit({name}()): {name} solves symmetric systems only, and the Jacobian of {posed.kind.value} "
                 "is not symmetric; pass Implicit(GMRES()), Implicit(Dense()), or leave the choice to Implicit()."
             )
-        rule = AdjointRule(self.linear_solver, self.damping, gauss_newton, self.on_failure, report)
-        return Outcome(*ImplicitArgmin.apply(Optimality(posed, solver, rule), x0, *tensors))
+        return Outcome(*ImplicitArgmin.apply(Optimality(posed, solver, self.rule(report)), x0, *tensors))
+
+    def rule(self, report: AdjointReport) -> AdjointRule:
+        """The same in the terms of the linear system, for one call."""
+        return AdjointRule(
+            self.linear_solver,
+            self.damping,
+            self.curvature == "gauss_newton",
+            self.on_failure,
+            report,
+            self._last if self.warm_start else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,7 @@ class Unrolled(Adjoint):
     def solve(
         self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
+        _check_recordable(self, solver)
         bound = posed.bind(tensors)
         if self.last is None:
             # A solver that has nothing to do returns its start, which belongs to the caller.
@@ -123,10 +140,11 @@ class OneStep(Adjoint):
     """Jacobian-free: differentiate a few solver steps taken from the solution (Fung et al. 2022; Bolte et al. 2023).
 
     The derivative is that of a truncated Neumann series (gradient descent), or exact to first order (Newton, which
-    converges quadratically). Choose it where the linear solve of `Implicit` is too dear or does not converge.
+    converges quadratically), also where F is zero to the last bit. Choose it where the linear solve of `Implicit` is
+    too dear or does not converge.
 
-    Known limit: where F is zero to the last bit, as after Newton's method on a quadratic, there is no Newton direction
-    left to differentiate, and the derivative of the recorded step is not that of the solution; use `Implicit` there.
+    Known limit: an L-BFGS step has the curvature of the pairs gathered on the way. In directions that the solve never
+    went along its derivative is that of a scaled gradient step; use `Implicit`, or Newton.
 
     Args:
         steps: recorded steps.
@@ -141,8 +159,18 @@ class OneStep(Adjoint):
     def solve(
         self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
     ) -> Outcome:
+        _check_recordable(self, solver)
         bound = posed.bind(tensors)
         frozen = posed.bind([t.detach() for t in tensors])
         end = iterate(solver, frozen, x0.detach(), solver.max_steps, look=solver.looks)
         state = run(solver, bound, solver.resume(bound, end.state), self.steps)
         return finish_forward(solver, bound, Finished(state, end.status, end.steps))
+
+
+def _check_recordable(adjoint: Adjoint, solver: Solver[Any]) -> None:
+    if not solver.recordable:
+        raise MisuseError(
+            f"{type(adjoint).__name__} differentiates the solver's steps, and those of {type(solver).__name__} leave "
+            "no graph behind: they are another program's, or a choice among them. Differentiate the solution instead, "
+            "with adjoint=Implicit()."
+        )

@@ -193,4 +193,6 @@ def fixed_point(
         SolveError: some lanes failed and ``on_failure="raise"``.
     """
     adjoint = Implicit() if adjoint is None else adjoint
-    return Call(mapping, Equation(fixed_point=True), x0, params, None, solver, adjoint, has_aux, on_failure).run()
+    return Call(
+        mapping, Equation("mapping", fixed_point=True), x0, params, None, solver, adjoint, has_aux, on_failure
+    ).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "graph_leaves", "is_wrapped",
+    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "full_precision", "graph_leaves", "is_wrapped",
     "opaque_to_compile", "primal", "pullback", "pushforward",
 ]  # fmt: skip
 
@@ -61,6 +62,12 @@ def graph_leaves(tensors: Sequence[Tensor]) -> set[int]:
 def opaque_to_compile(fn: C) -> C:
     """`torch.compiler.disable`, which runs the function as it is inside compiled code, with the type kept."""
     return torch.compiler.disable(fn)  # type: ignore[return-value]
+
+
+def full_precision(t: Tensor) -> AbstractContextManager[Any]:
+    """Context without autocast on the device of `t`: a solve in half precision would stall at three digits."""
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def primal(t: Tensor) -> Tensor:

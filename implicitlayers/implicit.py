@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from implicitlayers.functorch import batched, forward_ad_enabled, primal, pullback, pushforward
+from implicitlayers.functorch import batched, forward_ad_enabled, full_precision, primal, pullback, pushforward
 from implicitlayers.problem import Condition, Lanes, Term, select
 from implicitlayers.status import Status
 
@@ -62,6 +62,13 @@ class ImplicitArgmin(Function):
         # and would reach every tensor that lanes share.
         dead = (status == Status.NON_FINITE) & (v == 0).all(-1)
         x = torch.where(dead.unsqueeze(-1), torch.zeros_like(x), x)
+        with full_precision(x):
+            return None, None, *ImplicitArgmin._pull(ctx, condition, v, x, tensors)
+
+    @staticmethod
+    def _pull(
+        ctx: Any, condition: Condition, v: Tensor, x: Tensor, tensors: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         u = _solve_linearized(condition, v, x, tensors, transposed=True)
         grads: list[Tensor | None] = [None] * len(tensors)
@@ -72,7 +79,7 @@ class ImplicitArgmin(Function):
                 pulled = pullback(residual, [tensors[i] for i in inside], u)
                 for i, g in zip(inside, pulled, strict=True):
                     grads[i] = -g if grads[i] is None else grads[i] - g
-        return None, None, *grads
+        return grads
 
     @staticmethod
     def jvp(ctx: Any, _condition: Any, _x0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from implicitlayers.linear.operator import Operator
+from implicitlayers.linear.preconditioner import LBFGSPreconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.problem import Condition, Lanes, Outcome, Posed, Term, aligned
 from implicitlayers.status import (
@@ -22,7 +23,34 @@ from implicitlayers.status import (
     warn_caller,
 )
 
-__all__ = ["AdjointRule", "LinearSystem"]
+__all__ = ["AdjointRule", "Gathered", "Late", "LinearSystem", "RightHandSide", "WarmStart"]
+
+
+class WarmStart:
+    """The last solution of each shape of linear system, kept from one call to the next."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+
+    def start(self, like: Tensor) -> Tensor | None:
+        """Where to start a system with a right-hand side like this; None where none was solved yet."""
+        return self._last.get((like.shape, like.dtype, like.device))
+
+    def keep(self, u: Tensor, status: Tensor) -> None:
+        """Remember a solution; a failed lane starts from zero next time."""
+        usable = torch.where(failed(status).unsqueeze(-1), torch.zeros_like(u), u)
+        self._last[u.shape, u.dtype, u.device] = usable.detach()
+
+
+@dataclass
+class Gathered:
+    """What the forward solve of one call leaves for its derivative.
+
+    Attributes:
+        pairs: steps and changes of the gradient ``[*lanes, n]``, the oldest first, where the solver keeps them.
+    """
+
+    pairs: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,8 @@ class AdjointRule:
         gauss_newton: whether A uses Gauss-Newton curvature.
         on_failure: policy.
         report: filled by the first-order derivative.
+        warm_start: where the first-order derivative starts from, if not from zero.
+        gathered: filled by the forward solve.
     """
 
     linear_solver: LinearSolver
@@ -42,6 +72,16 @@ class AdjointRule:
     gauss_newton: bool
     on_failure: Policy
     report: AdjointReport = field(compare=False)
+    warm_start: WarmStart | None = field(default=None, compare=False)
+    gathered: Gathered = field(default_factory=Gathered, compare=False)
+
+    def prepared(self) -> LinearSolver:
+        """The linear solver, its preconditioner made from the forward solve's pairs where it asks for them."""
+        preconditioner = getattr(self.linear_solver, "preconditioner", None)
+        if not (isinstance(preconditioner, LBFGSPreconditioner) and self.gathered.pairs and not preconditioner.pairs):
+            return self.linear_solver
+        with_pairs = preconditioner.with_pairs(self.gathered.pairs)
+        return replace(self.linear_solver, preconditioner=with_pairs)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -84,7 +124,7 @@ class _ProductTerm(Term):
 
 
 @dataclass(frozen=True)
-class _RightHandSide(Term):
+class RightHandSide(Term):
     """u ↦ -v."""
 
     slots: tuple[int, ...] = (0,)
@@ -105,11 +145,12 @@ class LinearSystem(Condition):
     lanes: Lanes
     transposes: bool
     first_order: bool = True
+    minimizing: bool = False
 
     @property
     def terms(self) -> tuple[Term, ...]:
         # The damping term depends on no tensor, so it matters to `solve` alone.
-        return (_RightHandSide(), *(_ProductTerm(t, self.transposes) for t in self.base))
+        return (RightHandSide(), *(_ProductTerm(t, self.transposes) for t in self.base))
 
     def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> Outcome:
         v, x, rest = tensors[0], tensors[1], tuple(tensors[2:])
@@ -125,9 +166,12 @@ class LinearSystem(Condition):
             return _share(bound.linearize(x, self.rule.damping, transposed=transposed), shared)
 
         symmetric = all(term.symmetric for term in self.base)
-        other = None if symmetric else _Late(lambda: product(not self.transposes))
-        operator = Operator(product(self.transposes), symmetric, apply_transpose=other)
-        solution = self.rule.linear_solver.solve(operator, v)
+        other = None if symmetric else Late(lambda: product(not self.transposes))
+        operator = Operator(product(self.transposes), symmetric, self.minimizing, other)
+        warm = self.rule.warm_start if self.first_order else None
+        solution = self.rule.prepared().solve(operator, v, None if warm is None else warm.start(v))
+        if warm is not None:
+            warm.keep(solution.x, solution.status)
         u = self._report(solution)
         return Outcome(
             u, solution.status, solution.steps, solution.residual, torch.full_like(solution.residual, torch.nan)
@@ -165,7 +209,7 @@ class LinearSystem(Condition):
         return solution.x
 
 
-class _Late:
+class Late:
     """A product that is linearized when it is first asked for, since most linear solvers never do."""
 
     def __init__(self, make: Callable[[], Callable[[Tensor], Tensor]]) -> None:

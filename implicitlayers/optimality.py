@@ -25,7 +25,7 @@ def solve_forward(solver: Solver[Any], bound: Bound, x0: Tensor) -> Outcome:
 def finish_forward(solver: Solver[Any], bound: Bound, end: Finished) -> Outcome:
     """What the end of a loop means as an outcome."""
     x, residual, objective = solver.postprocess(bound, end.state)
-    return Outcome(x, end.status, end.steps, residual, objective)
+    return Outcome(x, end.status, solver.count(end.state, end.steps), residual, objective)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class Optimality(Condition):
         return (ProximalTerm(smooth, nonsmooth, 1 + max(slots, default=-1)),)
 
     def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> Outcome:
-        return solve_forward(self.solver, self.posed.bind(tensors, self.lanes), x0)
+        bound = self.posed.bind(tensors, self.lanes)
+        end = iterate(self.solver, bound, x0, self.solver.max_steps, look=self.solver.looks)
+        self.rule.gathered.pairs = self.solver.pairs(end.state)
+        return finish_forward(self.solver, bound, end)
 
     def linear_system(self, *, transposed: bool) -> LinearSystem:
         terms = tuple(t.with_gauss_newton() if self.rule.gauss_newton else t for t in self.terms)

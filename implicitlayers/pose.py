@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitlayers.closure import Probe, substituted
+from implicitlayers.closure import Probe, Watch, substituted
 from implicitlayers.flat import Skeleton, Structure, flatten_tensors, join_tensors
 from implicitlayers.functorch import all_lanes
 from implicitlayers.problem import Term
@@ -54,11 +54,11 @@ class Objective(Summand):
     """A scalar to be minimized.
 
     Attributes:
-        noun: what it is called in messages.
+        noun: see `Role`.
     """
 
     noun: str = "objective"
-    signature: ClassVar[str] = "(x, *params) -> scalar"
+    signature = "(x, *params) -> scalar"
 
     def check(self, out: Any, structure: Structure) -> None:
         if not isinstance(out, Tensor):
@@ -105,30 +105,28 @@ class Residuals(Summand):
 
 @dataclass(frozen=True)
 class Equation(Summand):
-    """A residual, as many numbers as there are unknowns, that shall be zero; or a mapping that shall return them.
+    """As many numbers as there are unknowns: a residual that shall be zero, or a mapping that shall return them.
 
     Attributes:
+        noun: see `Role`.
         fixed_point: whether it is a mapping.
     """
 
+    noun: str = "residual"
     fixed_point: bool = False
-    signature: ClassVar[str] = "(x, *params) -> a tree like x"
-
-    @property
-    def noun(self) -> str:  # type: ignore[override]
-        return "mapping" if self.fixed_point else "residual"
+    signature = "(x, *params) -> a tree like x"
 
     def check(self, out: Any, structure: Structure) -> None:
         leaves, spec = pytree.tree_flatten(out)
         wanted = [tuple(shape) for shape in structure.shapes]
         if spec != structure.spec or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise MisuseError(
-                f"the {self.noun} returned {_shapes(out)}, but x0 is {structure.spec} with shapes {wanted}; return a "
-                "tree like x0 (has_aux=True if it is (tree, aux))."
+                f"the {self.noun} returned {_shapes(out)}, but the unknown is {structure.spec} with shapes {wanted}; "
+                "return a tree like it (has_aux=True if it is (tree, aux))."
             )
         if [tuple(leaf.shape) for leaf in leaves] != wanted:
             raise MisuseError(
-                f"the {self.noun} returned shapes {[tuple(leaf.shape) for leaf in leaves]}, but x0 has {wanted}; as "
+                f"the {self.noun} returned shapes {_shapes(leaves)}, but the unknown has {wanted}; as "
                 "many equations as unknowns are needed. For more equations than unknowns take least_squares."
             )
         for leaf in leaves:
@@ -143,10 +141,17 @@ class Equation(Summand):
 
 @dataclass(frozen=True)
 class Examined:
-    """What one look at a function found: tensors that it captures, and whether it looks at its unknown at all."""
+    """What one look at a function found.
+
+    Attributes:
+        captured: tensors that it captures and that must become inputs.
+        uses_unknown: whether it looks at its unknown at all.
+        watch: holds the first evaluation after the solve against this one.
+    """
 
     captured: list[Tensor]
     uses_unknown: bool
+    watch: Watch
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ class UserFunction:
                 f"the {noun} does not use {', '.join(untouched)}, so any value there is a solution and none has a "
                 "derivative; take it out of x0, or add a regularizer."
             )
-        return Examined(probe.captured, len(untouched) < len(leaves))
+        return Examined(probe.captured, len(untouched) < len(leaves), probe.watch(noun))
 
     def objective(self, found: Examined) -> ObjectiveTerm:
         """The objective as a term whose tensors are the params', then the captured ones."""
@@ -202,7 +207,7 @@ class UserFunction:
         whole = self.flat(found)
         if not isinstance(self.fn, Composite):
             return ObjectiveTerm(whole, slots, uses_unknown=found.uses_unknown)
-        model_of, loss_of = (substituted(part, found.captured) for part in (self.fn.model, self.fn.loss))
+        model_of, loss_of = (substituted(part, found.captured, found.watch) for part in (self.fn.model, self.fn.loss))
 
         def model(x: Tensor, *values: Tensor) -> Any:
             params = join_tensors(values[: self.count], self.skeleton)
@@ -231,7 +236,7 @@ class UserFunction:
 
     def flat(self, found: Examined) -> Callable[..., Tensor]:
         """The function of the flat unknown, then of the params' tensors, then of the captured ones."""
-        value = substituted(self.fn, found.captured)
+        value = substituted(self.fn, found.captured, found.watch)
 
         def flat(x: Tensor, *values: Tensor) -> Tensor:
             params = join_tensors(values[: self.count], self.skeleton)

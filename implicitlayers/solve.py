@@ -11,24 +11,13 @@ from torch import Tensor
 
 from implicitlayers.adjoints import Adjoint, Unrolled
 from implicitlayers.flat import Structure, Tree, flatten_tensors
-from implicitlayers.functorch import all_lanes, carries_derivative, graph_leaves, is_wrapped
+from implicitlayers.functorch import carries_derivative, full_precision, graph_leaves, is_wrapped
+from implicitlayers.policy import apply_policy
 from implicitlayers.pose import Summand, UserFunction
-from implicitlayers.problem import Kind, Outcome, Posed
+from implicitlayers.problem import Kind, Posed
 from implicitlayers.regularizers import Regularizer
 from implicitlayers.solver import Solver
-from implicitlayers.status import (
-    AdjointReport,
-    MisuseError,
-    Policy,
-    Solution,
-    SolveError,
-    SolveWarning,
-    Stats,
-    check_policy,
-    describe_failures,
-    failed,
-    warn_caller,
-)
+from implicitlayers.status import AdjointReport, MisuseError, Policy, Solution, Stats, check_policy
 
 __all__ = ["Call"]
 
@@ -86,17 +75,21 @@ class Call:
 
     def _run(self) -> Solution:
         structure = Structure.of(self.x0)
-        start = structure.flatten(self.x0, "x0")
+        start = structure.flatten(self.solver.start(self.x0), "what the solver starts from")
+        with full_precision(start):
+            return self._solve(structure, start)
+
+    def _solve(self, structure: Structure, start: Tensor) -> Solution:
         tensors, skeleton = flatten_tensors(self.params)
         function = UserFunction(self.fn, self.role, structure, skeleton, len(tensors), self.has_aux)
         found = function.examine(start, tensors, touches_all=self.regularizer is None, look=self.solver.looks)
         # The copies are views made by a torch operation, so that a surrounding solve's substitution reaches them too.
         inputs = [t.view_as(t) for t in (*tensors, *found.captured)]
-        posed = Posed((self.role.term(function, found),))
+        posed, watches = Posed((self.role.term(function, found),)), (found.watch,)
         if self.regularizer is not None:
             pieces = self.regularizer.pose(structure, start, len(inputs))
             posed = Posed((*posed.terms, *pieces.terms), pieces.nonsmooth)
-            inputs = inputs + pieces.tensors
+            inputs, watches = inputs + pieces.tensors, (*watches, *pieces.watches)
         self._check_kind(posed.kind)
         if not isinstance(self.adjoint, Unrolled):
             _check_start(start, inputs)
@@ -105,7 +98,10 @@ class Call:
         start, *inputs = (t.clone() if t.is_inference() else t for t in (start, *inputs))
         report = AdjointReport()
         outcome = self.adjoint.solve(posed, self.solver, start, inputs, report)
-        value = structure.unflatten(self._apply_policy(outcome))
+        what = f"The solve by {type(self.solver).__name__}"
+        for watch in watches:
+            watch.arm()
+        value = structure.unflatten(apply_policy(outcome, self.on_failure, what, looks=self.solver.looks))
         aux = self.fn(value, *self.params)[1] if self.has_aux else None
         return Solution(value, outcome.status, Stats(outcome.steps, outcome.residual, outcome.objective), aux, report)
 
@@ -120,23 +116,6 @@ class Call:
         raise MisuseError(
             f"{type(self.solver).__name__} is not made for {kind.value}, which this problem is; pass {remedy}."
         )
-
-    def _apply_policy(self, outcome: Outcome) -> Tensor:
-        if self.on_failure == "nan":
-            return torch.where(failed(outcome.status).unsqueeze(-1), torch.full_like(outcome.x, torch.nan), outcome.x)
-        if self.on_failure in ("raise", "warn") and self.solver.looks:
-            status = all_lanes(outcome.status)
-            if bool(failed(status).any()):
-                message = describe_failures(
-                    f"The solve by {type(self.solver).__name__}",
-                    status,
-                    all_lanes(outcome.steps),
-                    all_lanes(outcome.residual),
-                )
-                if self.on_failure == "raise":
-                    raise SolveError(message)
-                warn_caller(SolveWarning(message))
-        return outcome.x
 
 
 def _check_start(start: Tensor, inputs: list[Tensor]) -> None:

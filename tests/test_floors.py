@@ -22,14 +22,15 @@ FLOORS = (
     {"flat", "tape"},
     {"closure"},
     {"problem"},
-    {"loop", "certificate", "terms"},
+    {"loop", "certificate", "policy", "terms"},
     {"pose"},
     {"regularizers"},
     {"linear", "solver"},
-    {"implicit", "linearized", "solvers"},
+    {"implicit", "linearized"},
+    {"solvers"},
     {"optimality"},
     {"adjoints"},
-    {"solve"},
+    {"linear_equation", "solve"},
     {"api"},
     {"nn", "testing"},
     {""},
@@ -40,7 +41,7 @@ FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in 
 SHARED = {
     "linear": {"krylov", "operator", "preconditioner", "solve"},
     "regularizers": {"base", "groups"},
-    "solvers": {"line_search"},
+    "solvers": {"direction", "lanes", "line_search"},
 }
 CHOOSES = {"linear.auto"}
 
@@ -250,7 +251,7 @@ PLANTED = {
     "upwards": ("status.py", "from implicitlayers.api import argmin", "lower floor"),
     "upwards, relative": ("loop.py", "from .linear.cg import CG", "lower floor"),
     "upwards, from a subpackage": ("linear/cg.py", "from ..solvers import line_search", "lower floor"),
-    "same floor": ("solvers/newton.py", "from implicitlayers import implicit", "lower floor"),
+    "same floor": ("implicit.py", "from .solvers import newton", "lower floor"),
     "hidden in a function": ("status.py", "def late():\n    from . import loop", "lower floor"),
     "hidden from the interpreter": (
         "flat.py",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from implicitlayers.closure import Watch
 from implicitlayers.flat import Structure
 from implicitlayers.functorch import all_lanes
 from implicitlayers.problem import Nonsmooth, Term
@@ -24,11 +25,13 @@ class Pieces(NamedTuple):
         terms: its smooth terms.
         nonsmooth: its part with kinks or constraints, if it has one.
         tensors: what it depends on.
+        watches: over user functions that it is made of.
     """
 
     terms: list[Term]
     nonsmooth: Nonsmooth | None
     tensors: list[Tensor]
+    watches: tuple[Watch, ...] = ()
 
 
 class Regularizer(ABC):
@@ -82,7 +85,7 @@ class Sum(Regularizer):
                 "proximal map of their sum is not known from theirs; keep one, or write the map of the sum as a Prox."
             )
         nonsmooth = two.nonsmooth if one.nonsmooth is None else one.nonsmooth
-        return Pieces(one.terms + two.terms, nonsmooth, one.tensors + two.tensors)
+        return Pieces(one.terms + two.terms, nonsmooth, one.tensors + two.tensors, one.watches + two.watches)
 
 
 def check_number(name: str, argument: str, value: Any, ok: Callable[[float], bool], why: str) -> None:

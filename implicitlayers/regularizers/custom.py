@@ -42,7 +42,7 @@ class Penalty(Regularizer):
         function, found = _examine(self.fn, Objective("penalty"), structure, start)
         term = function.objective(found)
         slots = tuple(first_slot + slot for slot in term.slots)
-        return Pieces([replace(term, slots=slots)], None, _views(found))
+        return Pieces([replace(term, slots=slots)], None, _views(found), (found.watch,))
 
 
 class Prox(Regularizer):
@@ -73,11 +73,13 @@ class Prox(Regularizer):
         step = torch.ones((), dtype=structure.dtype, device=structure.device)
         function, found = _examine(self.prox, _ProximalMap(), structure, start, step)
         tensors, prox, value, count = _views(found), function.flat(found), None, len(found.captured)
+        watches = (found.watch,)
         if self.value is not None:
             function, found = _examine(self.value, Objective("value of a Prox"), structure, start)
             tensors, value = tensors + _views(found), function.flat(found)
+            watches = (*watches, found.watch)
         slots = tuple(range(first_slot, first_slot + len(tensors)))
-        return Pieces([], _UserProx(slots, prox, value, count), tensors)
+        return Pieces([], _UserProx(slots, prox, value, count), tensors, watches)
 
 
 class _ProximalMap(Role):

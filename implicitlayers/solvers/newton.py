@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from implicitlayers.linear.cg import CG
-from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.solve import LinearSolver
 from implicitlayers.loop import check_tolerances, norm
 from implicitlayers.problem import Bound
 from implicitlayers.solver import Progress, Solver
+from implicitlayers.solvers.direction import newton_direction
 from implicitlayers.solvers.line_search import Armijo, LineSearch, Point, descend
 from implicitlayers.status import RUNNING, MisuseError
 
@@ -63,9 +63,9 @@ class Newton(Solver[_State]):
 
     def step(self, problem: Bound, state: _State) -> _State:
         old = state.point
-        operator = Operator(problem.linearize(old.x, self.damping), symmetric=True, minimizing=True)
-        direction = self.linear_solver.solve(operator, -old.F).x
-        new, search = descend(problem, old, direction, torch.ones_like(old.objective), self.line_search, self.looks)
+        direction = newton_direction(problem, old, self.linear_solver, self.damping)
+        first = torch.ones_like(old.objective)
+        new, search = descend(problem, old, direction, old.F, first, self.line_search, self.looks)
         progress = state.progress.advance((old.x, old.F), (new.x, new.F), new.objective)
         return _State(new, progress, search)
 
