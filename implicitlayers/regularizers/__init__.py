@@ -7,10 +7,10 @@ proximal map.
 from implicitlayers.regularizers.base import Pieces, Regularizer, Sum
 from implicitlayers.regularizers.constraints import Box, L1Ball, L2Ball, NonNegative, Simplex
 from implicitlayers.regularizers.custom import Penalty, Prox
-from implicitlayers.regularizers.quadratic import Proximal, Ridge
+from implicitlayers.regularizers.quadratic import Proximal, QuadraticTerm, Ridge
 from implicitlayers.regularizers.sparse import ElasticNet, GroupLasso, Lasso
 
 __all__ = [
     "Box", "ElasticNet", "GroupLasso", "L1Ball", "L2Ball", "Lasso", "NonNegative", "Penalty", "Pieces", "Prox",
-    "Proximal", "Regularizer", "Ridge", "Simplex", "Sum",
+    "Proximal", "QuadraticTerm", "Regularizer", "Ridge", "Simplex", "Sum",
 ]  # fmt: skip
