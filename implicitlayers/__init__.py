@@ -18,10 +18,15 @@ from implicitlayers.linear_equation import linear_solve
 from implicitlayers.problem import Kind
 from implicitlayers.regularizers import Proximal, Regularizer, Ridge
 from implicitlayers.solver import Solver
+from implicitlayers.solvers.adam import Adam
+from implicitlayers.solvers.given import BestSoFar, Given
 from implicitlayers.solvers.gradient import GradientDescent
 from implicitlayers.solvers.lbfgs import LBFGS
-from implicitlayers.solvers.line_search import Armijo, LineSearch
+from implicitlayers.solvers.least_squares import GaussNewton, LevenbergMarquardt
+from implicitlayers.solvers.line_search import Armijo, Fixed, LineSearch, StrongWolfe
 from implicitlayers.solvers.newton import Newton
+from implicitlayers.solvers.scipy_method import Scipy
+from implicitlayers.solvers.torch_optimizer import TorchOptimizer
 from implicitlayers.status import (
     AdjointError,
     AdjointReport,
@@ -39,10 +44,11 @@ from implicitlayers.terms import Composite
 __version__ = "0.1.0"
 
 __all__ = [
-    "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning", "Armijo",
-    "Auto", "BiCGStab", "Composite", "Dense", "GradientDescent", "Implicit", "ImplicitArgmin", "ImplicitLayersError",
-    "Jacobi", "Kind", "LBFGSPreconditioner", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann",
-    "Newton", "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "Proximal", "Regularizer", "Ridge",
-    "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "Unrolled", "argmin", "fixed_point",
-    "least_squares", "linear_solve", "root",
+    "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adam", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning",
+    "Armijo", "Auto", "BestSoFar", "BiCGStab", "Composite", "Dense", "Fixed", "GaussNewton", "Given",
+    "GradientDescent", "Implicit", "ImplicitArgmin", "ImplicitLayersError", "Jacobi", "Kind", "LBFGSPreconditioner",
+    "LevenbergMarquardt", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann", "Newton",
+    "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "Proximal", "Regularizer", "Ridge", "Scipy",
+    "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled",
+    "argmin", "fixed_point", "least_squares", "linear_solve", "root",
 ]  # fmt: skip

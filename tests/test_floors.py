@@ -41,7 +41,7 @@ FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in 
 SHARED = {
     "linear": {"krylov", "operator", "preconditioner", "solve"},
     "regularizers": {"base", "groups"},
-    "solvers": {"direction", "lanes", "line_search"},
+    "solvers": {"direction", "lanes", "line_search", "mapping"},
 }
 CHOOSES = {"linear.auto"}
 

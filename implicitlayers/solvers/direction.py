@@ -12,7 +12,7 @@ from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.solve import LinearSolver
 from implicitlayers.linearized import AdjointRule, LinearSystem
-from implicitlayers.problem import Bound
+from implicitlayers.problem import Bound, Kind
 from implicitlayers.regularizers import QuadraticTerm
 from implicitlayers.solvers.line_search import Point
 from implicitlayers.status import AdjointReport, MisuseError, Status
@@ -51,13 +51,15 @@ def newton_direction(problem: Bound, at: Point, linear_solver: LinearSolver, dam
     they have not seen their derivative lacks. A recorded lane whose curvature is singular or not positive goes along
     -F, because there the direction is not that solution.
     """
+    minimizing = problem.kind is not Kind.ROOT
     tensors = (at.x, at.F, *problem.tensors)
     if not (torch.is_grad_enabled() or is_wrapped(at.x)) or not any(carries_derivative(t) for t in tensors):
-        operator = Operator(problem.linearize(at.x, damping), symmetric=True, minimizing=True)
+        transpose = None if minimizing else lambda y: problem.linearize(at.x, damping, transposed=True)(y)
+        operator = Operator(problem.linearize(at.x, damping), minimizing, minimizing, transpose)
         return linear_solver.solve(operator, -at.F).x
     rule = AdjointRule(linear_solver, damping, False, "ignore", AdjointReport())
     lanes = tuple((0, 0, *level) for level in problem.lanes)
-    system = LinearSystem(problem.posed.terms, rule, lanes, transposes=False, minimizing=True)
+    system = LinearSystem(problem.posed.terms, rule, lanes, transposes=False, minimizing=minimizing)
     solved, status, *_ = ImplicitArgmin.apply(system, torch.zeros_like(at.x), -at.F, at.x, *problem.tensors)
     broken = (status == Status.INDEFINITE) | (status == Status.SINGULAR) | (status == Status.NON_FINITE)
     return torch.where(broken.unsqueeze(-1), -at.F, solved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from implicitlayers.flat import Tree
 from implicitlayers.loop import check_tolerances, freeze, norm
-from implicitlayers.problem import Bound
+from implicitlayers.problem import Bound, Kind
 from implicitlayers.solver import Progress, Solver
+from implicitlayers.solvers.mapping import forward_backward
 from implicitlayers.status import MisuseError, Status
 
 __all__ = ["BestSoFar", "Given"]
@@ -37,6 +39,7 @@ class Given(Solver[_State]):
         atol: see `Solver`. With ``rtol=atol=None`` the value is not checked.
     """
 
+    handles: ClassVar[frozenset[Kind]] = frozenset(Kind)
     recordable: ClassVar[bool] = False
     max_steps: ClassVar[int] = 0  # type: ignore[misc]
 
@@ -51,7 +54,12 @@ class Given(Solver[_State]):
         return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, self.value)
 
     def init(self, problem: Bound, x: Tensor) -> _State:
-        return _State(x, Progress.begin(problem, x, *problem.value_and_residual(x)))
+        objective, F = problem.value_and_residual(x)
+        progress = Progress.begin(problem, x, objective, F)
+        if problem.kind is Kind.COMPOSITE:
+            mapping = forward_backward(problem, x, F, torch.ones_like(objective))[1]
+            progress = progress._replace(residual=norm(mapping), objective=objective + problem.nonsmooth_value(x))
+        return _State(x, progress)
 
     def step(self, problem: Bound, state: _State) -> _State:
         return state
@@ -60,7 +68,9 @@ class Given(Solver[_State]):
         return state.progress.verdict(self)
 
     def postprocess(self, problem: Bound, state: _State) -> tuple[Tensor, Tensor, Tensor]:
-        return state.x, state.progress.residual, state.progress.objective
+        objective = state.progress.objective
+        objective = torch.full_like(objective, torch.nan) if problem.kind is Kind.ROOT else objective
+        return state.x, state.progress.residual, objective
 
 
 class _Best(NamedTuple):
@@ -72,7 +82,7 @@ class _Best(NamedTuple):
 
 @dataclass(frozen=True)
 class BestSoFar(Solver[_Best]):
-    """Run another solver and return, in every lane, the iterate with the smallest objective it saw.
+    """Run another solver and return, in every lane, the iterate with the smallest objective (or ‖F‖) that it saw.
 
     Choose it around solvers that do not descend monotonically (Adam, momentum, Anderson), stopped by `max_steps` or by
     a fixed number of steps; a lane that diverges still returns the best point on its way. An iterate at which the other
@@ -90,6 +100,10 @@ class BestSoFar(Solver[_Best]):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise MisuseError(f"BestSoFar({self.solver!r}): that is no solver; pass one, e.g. BestSoFar(Adam()).")
+
+    @property
+    def handles(self) -> frozenset[Kind]:  # type: ignore[override]
+        return self.solver.handles
 
     @property
     def rtol(self) -> float | None:  # type: ignore[override]
@@ -114,23 +128,33 @@ class BestSoFar(Solver[_Best]):
         inner = self.solver.step(problem, state.inner)
         new = self._seen(problem, inner)
         best = (state.x, state.residual, state.objective)
+
+        def measure(seen: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            worth = seen[1] if problem.kind is Kind.ROOT else seen[2]
+            return torch.where(torch.isfinite(worth), worth, torch.full_like(worth, torch.inf))
+
         # False for NaN, so that a diverging lane keeps what it had.
-        better = (new[2] < state.objective) | (self.solver.terminate(problem, inner) == Status.CONVERGED)
+        better = (measure(new) < measure(best)) | (self.solver.terminate(problem, inner) == Status.CONVERGED)
         return _Best(inner, *freeze(better, new, best))
 
     def terminate(self, problem: Bound, state: _Best) -> Tensor:
         return self.solver.terminate(problem, state.inner)
 
     def postprocess(self, problem: Bound, state: _Best) -> tuple[Tensor, Tensor, Tensor]:
-        return state.x, state.residual, state.objective
+        objective = state.objective
+        objective = torch.full_like(objective, torch.nan) if problem.kind is Kind.ROOT else objective
+        return state.x, state.residual, objective
+
+    def pairs(self, state: _Best) -> Sequence[tuple[Tensor, Tensor]]:
+        return self.solver.pairs(state.inner)
 
     def count(self, state: _Best, steps: Tensor) -> Tensor:
         return self.solver.count(state.inner, steps)
 
     def _seen(self, problem: Bound, inner: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, residual, objective = self.solver.postprocess(problem, inner)
-        if not self.solver.looks:
-            # Its report is on an earlier iterate than the one it returns.
+        if not self.solver.looks and problem.kind is not Kind.COMPOSITE:
+            # Its report may be on an earlier iterate than the one it returns.
             objective, F = problem.value_and_residual(x)
             residual = norm(F)
-        return x, residual, torch.where(torch.isfinite(objective), objective, torch.full_like(objective, torch.inf))
+        return x, residual, objective

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitlayers.linear.cg import CG
+from implicitlayers.linear.auto import Auto
 from implicitlayers.linear.solve import LinearSolver
 from implicitlayers.loop import check_tolerances, dot, freeze, norm
 from implicitlayers.problem import Bound
@@ -44,7 +44,7 @@ class GaussNewton(Solver[_State]):
         max_steps: limit on the steps, or their exact number with ``rtol=atol=None``.
     """
 
-    linear_solver: LinearSolver = field(default_factory=lambda: CG(rtol=1e-6, max_steps=200))
+    linear_solver: LinearSolver = field(default_factory=lambda: Auto(rtol=1e-6, max_steps=200))
     line_search: LineSearch = field(default_factory=Armijo)
     damping: float = 0.0
     rtol: float | None = 1e-8
@@ -102,7 +102,7 @@ class LevenbergMarquardt(Solver[_Damped]):
         max_steps: limit on the steps, refused ones included, or their exact number with ``rtol=atol=None``.
     """
 
-    linear_solver: LinearSolver = field(default_factory=lambda: CG(rtol=1e-6, max_steps=200))
+    linear_solver: LinearSolver = field(default_factory=lambda: Auto(rtol=1e-6, max_steps=200))
     initial: float = 1e-3
     rtol: float | None = 1e-8
     atol: float | None = 0.0

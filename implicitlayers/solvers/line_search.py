@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitlayers.loop import Algorithm, dot, freeze, iterate
-from implicitlayers.problem import Bound
+from implicitlayers.loop import Algorithm, dot, freeze, iterate, norm
+from implicitlayers.problem import Bound, Kind
 from implicitlayers.status import RUNNING, MisuseError, Status
 
 __all__ = ["Armijo", "Fixed", "LineSearch", "Point", "StrongWolfe", "descend"]
@@ -38,23 +38,31 @@ class Line(NamedTuple):
     slope: Tensor
     first: Tensor
 
-    def trial(self, problem: Bound, t: Tensor) -> tuple[Point, Tensor]:
-        """The point at step size ``t [*lanes]``, and the slope of the objective there."""
+    def trial(self, problem: Bound, t: Tensor) -> Point:
+        """The point at step size ``t [*lanes]``."""
         x = self.at.x + t.unsqueeze(-1) * self.direction
-        point = Point(x, *problem.value_and_residual(x))
-        return point, dot(self.direction, point.F)
+        return Point(x, *problem.value_and_residual(x))
 
-    def decreases(self, t: Tensor, point: Point, slope: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-        """Masks of sufficient decrease, by f itself and by its slope; both False where the point is not finite."""
+    def slope_at(self, problem: Bound, point: Point) -> Tensor:
+        """Slope of the objective along the line; that of ½‖F‖² costs a product with the Jacobian."""
+        if problem.kind is Kind.ROOT:
+            return dot(point.F, problem.linearize(point.x)(self.direction))
+        return dot(point.F, self.direction)
+
+    def falls(self, t: Tensor, point: Point, fraction: float) -> Tensor:
+        """Mask of sufficient decrease by values, f(t) ≤ f(0) + c t f'(0); False where the point is not finite."""
         bound = self.at.objective + fraction * t * self.slope
+        return torch.isfinite(point.F).all(-1) & (point.objective <= bound)
+
+    def flattens(self, t: Tensor, point: Point, slope: Tensor, fraction: float) -> Tensor:
+        """Mask of sufficient decrease by slopes, f'(t) ≤ (2c - 1) f'(0), where f has not risen visibly."""
         eps = torch.finfo(point.objective.dtype).eps
         # Hager and Zhang let f rise by 1e-6 |f| in float64; half the digits are also right in float32.
         level = self.at.objective + eps**0.5 * self.at.objective.abs()
         by_slope = (point.objective <= level) & (slope <= (2 * fraction - 1) * self.slope)
         # A step shortened until f hardly moves must at least have moved the slope, or the slopes are not those of f.
         by_slope = by_slope & ((t == self.first) | (slope >= 0.9 * self.slope))
-        finite = torch.isfinite(point.F).all(-1)
-        return finite & (point.objective <= bound), finite & by_slope
+        return torch.isfinite(point.F).all(-1) & by_slope
 
 
 class LineSearch(ABC):
@@ -153,9 +161,12 @@ class _Backtracking(Algorithm[Bound, _Trial]):
         return _ended(state.accepted)
 
     def _try(self, problem: Bound, t: Tensor) -> _Trial:
-        point, slope = self.line.trial(problem, t)
-        by_value, by_slope = self.line.decreases(t, point, slope, self.search.sufficient_decrease)
-        return _Trial(t, point, by_value | by_slope)
+        point, fraction = self.line.trial(problem, t), self.search.sufficient_decrease
+        accepted = self.line.falls(t, point, fraction)
+        if problem.kind is not Kind.ROOT:
+            # ½‖F‖² goes to zero with F and keeps all its digits, so that its slope has nothing to add.
+            accepted = accepted | self.line.flattens(t, point, self.line.slope_at(problem, point), fraction)
+        return _Trial(t, point, accepted)
 
 
 class _End(NamedTuple):
@@ -226,9 +237,10 @@ class _Zoom(Algorithm[Bound, _Bracket]):
 
     def step(self, problem: Bound, state: _Bracket) -> _Bracket:
         t, low, high = state.t, state.low, state.high
-        point, slope = self.line.trial(problem, t)
-        by_value, by_slope = self.line.decreases(t, point, slope, self.search.sufficient_decrease)
-        good = (by_value & (point.objective < low.objective)) | by_slope
+        point, fraction = self.line.trial(problem, t), self.search.sufficient_decrease
+        slope = self.line.slope_at(problem, point)
+        by_value = self.line.falls(t, point, fraction) & (point.objective < low.objective)
+        good = by_value | self.line.flattens(t, point, slope, fraction)
         here = _End(t, point.objective, slope)
         flat = slope.abs() <= self.search.curvature * self.line.slope.abs()
         # Past the minimum along the line, seen from low: the minimum is between here and the old low.
@@ -288,8 +300,8 @@ def descend(
         look: whether values may be looked at.
 
     Returns:
-        The new point, and int64 ``[*lanes]``: RUNNING where a step was found, else STALLED (the decrease to be expected
-        is below the rounding of the objective) or LINE_SEARCH_FAILED.
+        The new point, and int64 ``[*lanes]``: RUNNING where a step was found, else STALLED (the step is below the
+        rounding of x, or the decrease to be expected below that of the objective) or LINE_SEARCH_FAILED.
     """
     slope = dot(direction, gradient)
     # Where the gradient is zero there is no way down: the direction is zero too, but not its derivative, which must be
@@ -300,6 +312,7 @@ def descend(
     point, found = line_search.search(problem, at, direction, slope, first, look)
     eps = torch.finfo(at.objective.dtype).eps
     hopeless = slope.abs() * first <= 32 * eps * at.objective.abs()
+    hopeless = hopeless | (norm(direction) * first <= 8 * eps * norm(at.x))
     status = torch.full_like(found, Status.LINE_SEARCH_FAILED, dtype=torch.int64)
     status = torch.where(hopeless, torch.full_like(status, Status.STALLED), status)
     return point, torch.where(found, torch.full_like(status, RUNNING), status)
