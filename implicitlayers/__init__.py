@@ -17,7 +17,21 @@ from implicitlayers.linear.preconditioner import Jacobi, LBFGSPreconditioner, Ny
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.linear_equation import linear_solve
 from implicitlayers.problem import Kind
-from implicitlayers.regularizers import Proximal, Regularizer, Ridge
+from implicitlayers.regularizers import (
+    Box,
+    ElasticNet,
+    GroupLasso,
+    L1Ball,
+    L2Ball,
+    Lasso,
+    NonNegative,
+    Penalty,
+    Prox,
+    Proximal,
+    Regularizer,
+    Ridge,
+    Simplex,
+)
 from implicitlayers.solver import Solver
 from implicitlayers.solvers.adam import Adam
 from implicitlayers.solvers.fixed_point import Anderson, Broyden, FixedPointIteration
@@ -48,11 +62,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adam", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning",
-    "Anderson", "Armijo", "Auto", "BestSoFar", "BiCGStab", "Broyden", "Composite", "Dense", "Fixed",
-    "FixedPointIteration", "GaussNewton", "Given", "GradientDescent", "Implicit", "ImplicitArgmin",
-    "ImplicitLayersError", "Jacobi", "Kind", "LBFGSPreconditioner", "LevenbergMarquardt", "LineSearch",
-    "LinearSolution", "LinearSolver", "MisuseError", "Neumann", "Newton", "NormalCG", "Nystrom", "OneStep", "Operator",
-    "Preconditioner", "Proximal", "ProximalGradient", "Regularizer", "Ridge", "Scipy", "Solution", "SolveError",
-    "SolveWarning", "Solver", "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled", "argmin", "fixed_point",
-    "least_squares", "linear_solve", "nn", "root",
+    "Anderson", "Armijo", "Auto", "BestSoFar", "BiCGStab", "Box", "Broyden", "Composite", "Dense", "ElasticNet",
+    "Fixed", "FixedPointIteration", "GaussNewton", "Given", "GradientDescent", "GroupLasso", "Implicit",
+    "ImplicitArgmin", "ImplicitLayersError", "Jacobi", "Kind", "L1Ball", "L2Ball", "LBFGSPreconditioner", "Lasso",
+    "LevenbergMarquardt", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann", "Newton",
+    "NonNegative", "NormalCG", "Nystrom", "OneStep", "Operator", "Penalty", "Preconditioner", "Prox", "Proximal",
+    "ProximalGradient", "Regularizer", "Ridge", "Scipy", "Simplex", "Solution", "SolveError", "SolveWarning", "Solver",
+    "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled", "argmin", "fixed_point", "least_squares",
+    "linear_solve", "nn", "root",
 ]  # fmt: skip

@@ -40,7 +40,7 @@ def test_an_unrolled_solve_that_lands_on_the_solution(solver):
     assert_near(jacrev(lambda t: layer(t, solver, il.Unrolled()))(EXACT[0]), torch.linalg.inv(A))
     # (x - a)²/2 lands on a in one step; another loop gave [4, 4], or NaN, in place of 1.
     scalar = lambda a: (
-        il.argmin(  # noqa: E731
+        il.argmin(
             lambda x, a: (x - a) ** 2 / 2, torch.tensor(0.0, dtype=F64), a, solver=solver, adjoint=il.OneStep()
         ).value
     )
