@@ -22,7 +22,7 @@ FLOORS = (
     {"flat", "tape"},
     {"closure"},
     {"problem"},
-    {"loop", "certificate", "terms"},
+    {"loop", "certificate", "policy", "terms"},
     {"regularizers", "pose"},
     {"linear", "solver"},
     {"implicit", "linearized", "solvers"},
