@@ -15,9 +15,11 @@ from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Jacobi, LBFGSPreconditioner, Nystrom, Preconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.problem import Kind
+from implicitlayers.quadratic import PrimalDual, quadratic_program
 from implicitlayers.regularizers import Proximal, Regularizer, Ridge
 from implicitlayers.solver import Solver
 from implicitlayers.solvers.gradient import GradientDescent
+from implicitlayers.solvers.interior_point import InteriorPoint
 from implicitlayers.solvers.lbfgs import LBFGS
 from implicitlayers.solvers.line_search import Armijo, LineSearch
 from implicitlayers.solvers.newton import Newton
@@ -40,8 +42,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning", "Armijo",
     "Auto", "BiCGStab", "Composite", "Dense", "GradientDescent", "Implicit", "ImplicitArgmin", "ImplicitLayersError",
-    "Jacobi", "Kind", "LBFGSPreconditioner", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann",
-    "Newton", "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "Proximal", "Regularizer", "Ridge",
+    "InteriorPoint", "Jacobi", "Kind", "LBFGSPreconditioner", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann",
+    "Newton", "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "PrimalDual", "Proximal", "Regularizer", "Ridge",
     "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "Unrolled", "argmin", "fixed_point",
-    "least_squares", "root",
+    "least_squares", "quadratic_program", "root",
 ]  # fmt: skip
