@@ -37,15 +37,15 @@ class Point(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What the data of a program was divided by, per lane: the objective, the equations, the inequalities."""
+    """The units of a scaled program's x and multipliers, per lane."""
 
-    objective: Tensor
-    equality: Tensor
-    inequality: Tensor
+    x: Tensor
+    nu: Tensor
+    lam: Tensor
 
     def undo(self, z: Point) -> Point:
-        """The multipliers in the units of the original data."""
-        return Point(z.x, z.nu * self.objective / self.equality, z.lam * self.objective / self.inequality)
+        """A point of the scaled program in the units of the original one."""
+        return Point(z.x * self.x, z.nu * self.nu, z.lam * self.lam)
 
 
 class Program(NamedTuple):
@@ -109,26 +109,37 @@ class Program(NamedTuple):
         return torch.linalg.cholesky_ex(self.Q + shift[..., None, None] * eye)[1] == 0
 
     def scaled(self) -> tuple[Program, Scales]:
-        """The program with an objective and rows of order one, which has the same x.
+        """The same program in units in which solution, objective and rows are of order one.
 
-        By powers of two, so that nothing is rounded.
+        By powers of two, so that nothing is rounded. ‖x‖ is at least |b| / ‖a‖ of an equation and -h / ‖g‖ of an
+        inequality that the origin violates; where the origin is feasible, the length of the free minimizer and the
+        distance of the bounds are what there is. A bound far beyond that is scaled by its distance, so that it is no
+        larger than the others.
         """
-        objective = _power(torch.maximum(self.Q.abs().amax((-2, -1)), self.q.abs().amax(-1))).unsqueeze(-1)
-        equality, inequality = (_power(torch.linalg.vector_norm(M, dim=-1)) for M in (self.A, self.G))
+        a, g = (torch.linalg.vector_norm(M, dim=-1) for M in (self.A, self.G))
+        force, bend = self.q.abs().amax(-1, keepdim=True), self.Q.abs().amax((-2, -1)).unsqueeze(-1)
+        distances = self.h / torch.where(g > 0, g, torch.ones_like(g))
+        typical = force / bend
+        if g.shape[-1]:
+            typical = torch.fmin(typical, distances.abs().median(-1, keepdim=True).values)
+        must = torch.cat([self.b.abs() / torch.where(a > 0, a, torch.ones_like(a)), -distances, 0 * force], dim=-1)
+        unit = _power(torch.fmax(must.amax(-1, keepdim=True), typical))
+        objective = _power(torch.maximum(unit**2 * bend, unit * force))
+        equality, inequality = _power(unit * a), _power(torch.maximum(unit * g, self.h.abs()))
         program = Program(
-            self.Q / objective[..., None],
-            self.q / objective,
-            self.A / equality[..., None],
+            self.Q * (unit**2 / objective)[..., None],
+            self.q * (unit / objective),
+            self.A * (unit / equality)[..., None],
             self.b / equality,
-            self.G / inequality[..., None],
+            self.G * (unit / inequality)[..., None],
             self.h / inequality,
         )
-        return program, Scales(objective, equality, inequality)
+        return program, Scales(unit, objective / equality, objective / inequality)
 
 
 def _power(size: Tensor) -> Tensor:
-    """The power of two next to a size, and one where the size is zero."""
-    return torch.where(size > 0, torch.exp2(torch.round(torch.log2(size))), torch.ones_like(size))
+    """The power of two next to a size, and one where the size is zero or says nothing."""
+    return torch.where((size > 0) & torch.isfinite(size), torch.exp2(torch.round(torch.log2(size))), torch.ones_like(size))
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class _Optimality(Condition):
         z = end.state.z.join()
         polished = iterate(self.exact, program, z, _ACTIVE_SETS, look=self.solver.looks).state
         # Rounding may leave a multiplier of an active constraint just below zero.
-        z = scales.undo(polished.z._replace(lam=polished.z.lam.clamp_min(0)))
+        z = scales.undo(polished.best._replace(lam=polished.best.lam.clamp_min(0)))
         z = Point(*(torch.where(broken.unsqueeze(-1), torch.full_like(t, torch.nan), t) for t in z))
         unfinished = (end.status == Status.MAX_STEPS) | (end.status == Status.STALLED)
         met = unfinished & (polished.violation <= self.solver.tolerance(polished.violation))

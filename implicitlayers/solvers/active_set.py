@@ -16,16 +16,17 @@ __all__ = ["ActiveSet", "ActiveState"]
 
 
 class ActiveState(NamedTuple):
-    """The best point so far, how far from optimal it is, and whether the last step improved it."""
+    """The last point and the best one, how far from optimal that is, and whether the last point kept its active set."""
 
     z: Point
+    best: Point
     violation: Tensor
-    improved: Tensor
+    settled: Tensor
 
 
 @dataclass(frozen=True)
 class ActiveSet(Algorithm[Program, ActiveState]):
-    """Take the inequalities with λ > h - Gx as equations and drop the others, as long as that helps.
+    """Take the inequalities with λ > h - Gx as equations and drop the others, until these are the same again.
 
     This is the semismooth Newton method for min(λ, h - Gx) = 0 (Hintermüller, Ito & Kunisch 2002), and ends in one step
     where the set is right. An interior point leaves λ ∘ s at its tolerance; after this λ is zero where a constraint is
@@ -36,12 +37,12 @@ class ActiveSet(Algorithm[Program, ActiveState]):
     def init(self, problem: Program, x: Tensor) -> ActiveState:
         z = Point.split(x, *problem.counts)
         violation = problem.violation(z)
-        return ActiveState(z, violation, torch.ones_like(violation, dtype=torch.bool))
+        return ActiveState(z, z, violation, torch.zeros_like(violation, dtype=torch.bool))
 
     def step(self, problem: Program, state: ActiveState) -> ActiveState:
         z = state.z
         n, (p, m) = z.x.shape[-1], problem.counts
-        active = z.lam > problem.h - matvec(problem.G, z.x)
+        active = _active(problem, z)
         G = torch.where(active.unsqueeze(-1), problem.G, torch.zeros_like(problem.G))
         B = torch.cat([problem.A.expand(*G.shape[:-2], p, n), G], dim=-2)
         idle = torch.cat([torch.zeros_like(z.nu), (~active).to(z.lam)], dim=-1)
@@ -58,11 +59,17 @@ class ActiveSet(Algorithm[Program, ActiveState]):
         found = Point.split(z.join() + moved, p, m)
         found = found._replace(lam=torch.where(active, found.lam, torch.zeros_like(found.lam)))
         violation = problem.violation(found)
-        improved = violation < state.violation
-        best = Point(*(torch.where(improved.unsqueeze(-1), new, old) for new, old in zip(found, z, strict=True)))
-        return ActiveState(best, torch.where(improved, violation, state.violation), improved)
+        better = (violation < state.violation).unsqueeze(-1)
+        best = Point(*(torch.where(better, new, old) for new, old in zip(found, state.best, strict=True)))
+        settled = (_active(problem, found) == active).all(-1)
+        return ActiveState(found, best, torch.fmin(violation, state.violation), settled)
 
     def terminate(self, problem: Program, state: ActiveState) -> Tensor:
-        status = torch.where(state.improved, RUNNING, int(Status.STALLED))
         rounding = 4 * torch.finfo(state.violation.dtype).eps
-        return torch.where(state.violation <= rounding, torch.full_like(status, Status.CONVERGED), status)
+        done = state.settled | (state.violation <= rounding)
+        return torch.where(done, int(Status.CONVERGED), RUNNING)
+
+
+def _active(problem: Program, z: Point) -> Tensor:
+    """Mask ``[*lanes, m]`` of the inequalities that z takes for equations."""
+    return z.lam > problem.h - matvec(problem.G, z.x)

@@ -14,9 +14,8 @@ from implicitlayers.status import RUNNING, Status
 
 __all__ = ["InteriorPoint", "InteriorState"]
 
-# Steps without progress after which a lane has stalled: next to the solution rounding makes some steps useless, and a
-# few more often still help.
-_PATIENCE = 6
+# Steps without progress after which a lane has stalled. A lane that runs away makes none until its certificate holds.
+_PATIENCE = 15
 
 
 class _Residuals(NamedTuple):
@@ -66,13 +65,14 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
 
     Args:
         rtol: a lane has converged when stationarity, both kinds of constraint and the duality gap hold to this, relative
-            to the terms that cancel in them. At least 64 ε is taken.
+            to the terms that cancel in them. At least 1000 ε is taken: the elimination of slacks costs digits, which the
+            search for the active set brings back.
         atol: the same in absolute terms, for an objective and for rows of order one, to which the data are scaled.
         max_steps: limit on the steps, or their exact number with ``rtol=atol=None``.
     """
 
-    rtol: float | None = 1e-10
-    atol: float | None = 1e-10
+    rtol: float | None = 1e-8
+    atol: float | None = 1e-8
     max_steps: int = 60
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
 
     def tolerance(self, like: Tensor) -> Tensor:
         """The error at which a lane has converged."""
-        least = 64 * torch.finfo(like.dtype).eps
+        least = 1000 * torch.finfo(like.dtype).eps
         return like.new_tensor(least if self.rtol is None else max(self.rtol, self.atol or 0.0, least))
 
     def init(self, problem: Program, x: Tensor) -> InteriorState:
