@@ -139,7 +139,9 @@ class Program(NamedTuple):
 
 def _power(size: Tensor) -> Tensor:
     """The power of two next to a size, and one where the size is zero or says nothing."""
-    return torch.where((size > 0) & torch.isfinite(size), torch.exp2(torch.round(torch.log2(size))), torch.ones_like(size))
+    return torch.where(
+        (size > 0) & torch.isfinite(size), torch.exp2(torch.round(torch.log2(size))), torch.ones_like(size)
+    )
 
 
 @dataclass(frozen=True)

@@ -197,15 +197,17 @@ def _complete(Q: Tensor, q: Tensor, A: Tensor | None, b: Tensor | None, G: Tenso
             raise MisuseError(f"one of {names} is None and the other is not; pass both, or neither.")
     A, G = (q.new_zeros(0, n) if M is None else M for M in (A, G))
     b, h = (q.new_zeros(0) if t is None else t for t in (b, h))
-    rows = {"Q": n, "A": A.shape[-2] if A.ndim > 1 else 0, "G": G.shape[-2] if G.ndim > 1 else 0}
-    expected = {"Q": (n, n), "q": (n,), "A": (rows["A"], n), "b": (rows["A"],), "G": (rows["G"], n), "h": (rows["G"],)}
     program = Program(Q, q, A, b, G, h)
     for name, t in zip(Program._fields, program, strict=True):
         if not isinstance(t, Tensor):
             raise MisuseError(f"{name} is a {type(t).__name__}, not a tensor; pass torch.tensor(..., dtype={q.dtype}).")
-        if tuple(t.shape[t.ndim - len(expected[name]) :]) != expected[name] or t.ndim < len(expected[name]):
-            shape = ", ".join(map(str, ("...", *expected[name])))
-            raise MisuseError(f"{name} has shape {tuple(t.shape)}, which does not fit q and its partner; pass [{shape}].")
+    p, m = (M.shape[-2] if M.ndim > 1 else 1 for M in (A, G))
+    for name, t, expected in zip(Program._fields, program, ((n, n), (n,), (p, n), (p,), (m, n), (m,)), strict=True):
+        if tuple(t.shape[max(t.ndim - len(expected), 0) :]) != expected:
+            shape = ", ".join(map(str, ("...", *expected)))
+            raise MisuseError(
+                f"{name} has shape {tuple(t.shape)}, which does not fit q and its partner; pass [{shape}]."
+            )
         if t.dtype != q.dtype or t.device != q.device:
             raise MisuseError(
                 f"{name} is {t.dtype} on {t.device}, but q is {q.dtype} on {q.device}; all six need one dtype and one "
