@@ -17,6 +17,7 @@ from implicitlayers.linear.preconditioner import Jacobi, LBFGSPreconditioner, Ny
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.linear_equation import linear_solve
 from implicitlayers.problem import Kind
+from implicitlayers.quadratic import PrimalDual, quadratic_program
 from implicitlayers.regularizers import (
     Box,
     ElasticNet,
@@ -37,6 +38,7 @@ from implicitlayers.solvers.adam import Adam
 from implicitlayers.solvers.fixed_point import Anderson, Broyden, FixedPointIteration
 from implicitlayers.solvers.given import BestSoFar, Given
 from implicitlayers.solvers.gradient import GradientDescent
+from implicitlayers.solvers.interior_point import InteriorPoint
 from implicitlayers.solvers.lbfgs import LBFGS
 from implicitlayers.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from implicitlayers.solvers.line_search import Armijo, Fixed, LineSearch, StrongWolfe
@@ -64,10 +66,10 @@ __all__ = [
     "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adam", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning",
     "Anderson", "Armijo", "Auto", "BestSoFar", "BiCGStab", "Box", "Broyden", "Composite", "Dense", "ElasticNet",
     "Fixed", "FixedPointIteration", "GaussNewton", "Given", "GradientDescent", "GroupLasso", "Implicit",
-    "ImplicitArgmin", "ImplicitLayersError", "Jacobi", "Kind", "L1Ball", "L2Ball", "LBFGSPreconditioner", "Lasso",
-    "LevenbergMarquardt", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann", "Newton",
-    "NonNegative", "NormalCG", "Nystrom", "OneStep", "Operator", "Penalty", "Preconditioner", "Prox", "Proximal",
-    "ProximalGradient", "Regularizer", "Ridge", "Scipy", "Simplex", "Solution", "SolveError", "SolveWarning", "Solver",
-    "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled", "argmin", "fixed_point", "least_squares",
-    "linear_solve", "nn", "root",
+    "ImplicitArgmin", "ImplicitLayersError", "InteriorPoint", "Jacobi", "Kind", "L1Ball", "L2Ball",
+    "LBFGSPreconditioner", "Lasso", "LevenbergMarquardt", "LineSearch", "LinearSolution", "LinearSolver",
+    "MisuseError", "Neumann", "Newton", "NonNegative", "NormalCG", "Nystrom", "OneStep", "Operator", "Penalty",
+    "Preconditioner", "PrimalDual", "Prox", "Proximal", "ProximalGradient", "Regularizer", "Ridge", "Scipy", "Simplex",
+    "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled",
+    "argmin", "fixed_point", "least_squares", "linear_solve", "nn", "quadratic_program", "root",
 ]  # fmt: skip

@@ -72,12 +72,23 @@ class Status(IntEnum):
     SINGULAR = (
         6,
         "the linear system has no unique solution, so the minimizer is not isolated",
-        "regularize (Ridge, Proximal), add damping, or remove the unknowns that the objective does not determine",
+        "regularize (Ridge, Proximal), add damping, or remove the unknowns that the objective does not determine, or "
+        "the constraints that repeat others or hold without a multiplier",
     )
     NOT_CHECKED = (
         7,
         "a fixed number of steps was run without looking at the residual, as asked by rtol=atol=None",
         "nothing to do, or set rtol and atol to have convergence checked",
+    )
+    INFEASIBLE = (
+        8,
+        "no point satisfies the constraints: their multipliers grow along a combination that contradicts itself",
+        "relax the right-hand sides b and h, drop a constraint, or give those that may be violated a slack and a price",
+    )
+    UNBOUNDED = (
+        9,
+        "the objective falls without limit inside the constraints",
+        "bound the unknowns, add curvature (a multiple of the identity to Q), or check the sign of q",
     )
 
 

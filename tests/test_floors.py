@@ -23,7 +23,7 @@ FLOORS = (
     {"closure"},
     {"problem"},
     {"loop", "certificate", "policy", "terms"},
-    {"pose"},
+    {"kkt", "pose"},
     {"regularizers"},
     {"linear", "solver"},
     {"implicit", "linearized"},
@@ -31,7 +31,7 @@ FLOORS = (
     {"optimality"},
     {"adjoints"},
     {"linear_equation", "solve"},
-    {"api"},
+    {"api", "quadratic"},
     {"nn", "testing"},
     {""},
 )
