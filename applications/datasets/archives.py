@@ -106,11 +106,23 @@ def check_zip(path: Path, origin: str) -> None:
         return
     if not start:
         found = "is empty, as after an interrupted download"
-    elif re.match(rb"\s*<(!doctype|html|\?xml|!--)", start, re.IGNORECASE):
+    elif is_page(start):
         found = "is an HTML page, such as a server sends in place of a file it refuses"
     else:
         found = f"starts with {start[:4]!r} where a zip starts with {_ZIP_MAGIC[0]!r}"
     raise ValueError(f"{origin} is not a zip: it {found}; download the archive again and look at the file's size.")
+
+
+def is_page(start: bytes) -> bool:
+    """Whether a file is an HTML page, judged by its first bytes.
+
+    Args:
+        start: some hundred bytes.
+
+    Returns:
+        Whether it is.
+    """
+    return re.match(rb"\s*<(!doctype|html|\?xml|!--)", start, re.IGNORECASE) is not None
 
 
 def _folder_members(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:

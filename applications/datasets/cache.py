@@ -143,4 +143,4 @@ def _replace(path: Path, images: Tensor, metadata: dict[str, str]) -> None:
 
 def _checksum(images: Tensor) -> str:
     # The memory itself, not a copy: a set of photographs is over a gigabyte.
-    return f"{zlib.crc32(images.contiguous().numpy()):08x}"
+    return f"{zlib.crc32(images.contiguous().numpy().data):08x}"
