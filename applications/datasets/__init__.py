@@ -15,12 +15,15 @@ from applications.datasets.mini_imagenet import mini_imagenet
 from applications.datasets.omniglot import omniglot
 from applications.datasets.partitions import SPLIT_SIZES, SPLITS, partition
 from applications.datasets.sheet import contact_sheet
+from applications.datasets.sinusoid import Sinusoids, SinusoidTasks
 from applications.datasets.splits import check_disjoint, split_classes
 
 __all__ = [
     "SPLITS",
     "SPLIT_SIZES",
     "ClassImages",
+    "SinusoidTasks",
+    "Sinusoids",
     "check_disjoint",
     "contact_sheet",
     "folder",
