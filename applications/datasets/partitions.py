@@ -41,7 +41,13 @@ _VINYALS_TEST = 423
 _CHARACTERS = {BACKGROUND: 964, EVALUATION: 659}
 
 
-def partition(dataset: ClassImages, data: str, split: str | None = None, seed: int = 0) -> dict[str, Tensor]:
+def partition(
+    dataset: ClassImages,
+    data: str,
+    split: str | None = None,
+    seed: int = 0,
+    sizes: Mapping[str, Mapping[str, int]] = SPLIT_SIZES,
+) -> dict[str, Tensor]:
     """Say which classes of a dataset are for what.
 
     - ``seed``: drawn by the seed; of glyphs 900, 100 and 200, of a folder 64, 16 and 20 % of its classes.
@@ -60,6 +66,7 @@ def partition(dataset: ClassImages, data: str, split: str | None = None, seed: i
         data: name of the dataset, a key of ``SPLITS``.
         split: name of the split; None for the dataset's own, which for a folder is ``files`` if it has parts.
         seed: chooses the classes of a split that is drawn.
+        sizes: number of classes of each part of a dataset that is drawn, by its name.
 
     Returns:
         For each part, "train", "test" and mostly "validation", its class indices: int64 ``[size]``, ascending. No class
@@ -73,10 +80,9 @@ def partition(dataset: ClassImages, data: str, split: str | None = None, seed: i
     if split not in SPLITS[data]:
         raise ValueError(f"split={split!r} is no split of {data}; pass one of {', '.join(SPLITS[data])}.")
     if split in ("seed", "maml"):
-        sizes = SPLIT_SIZES[data] if data in SPLIT_SIZES else _shares(dataset)
-        return split_classes(dataset.classes, sizes, seed)
+        return split_classes(dataset.classes, sizes[data] if data in sizes else _shares(dataset), seed)
     if split == "maml-1200":
-        return split_classes(dataset.classes, {"train": 1200, "test": SPLIT_SIZES[data]["test"]}, seed)
+        return split_classes(dataset.classes, {"train": 1200, "test": sizes[data]["test"]}, seed)
     parts = _by_files(dataset) if split == "files" else _by_name(dataset, split)
     chosen = {name: torch.tensor(indices, dtype=torch.int64) for name, indices in parts.items()}
     check_disjoint(chosen)

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from applications.datasets.download import download as fetch
+from applications.datasets.omniglot import MINIMAL
 from applications.imaml.checkpoint import CheckpointError
 from applications.imaml.config import (
     AlgorithmName,
@@ -66,6 +68,12 @@ def train_command(
     threads: Annotated[int, _option("threads")] = Config.threads,
     seed: Annotated[int, _option("seed")] = Config.seed,
     split_seed: Annotated[int, _option("split_seed")] = Config.split_seed,
+    split: Annotated[str | None, _option("split")] = Config.split,
+    image_size: Annotated[int | None, _option("image_size")] = Config.image_size,
+    channels: Annotated[int | None, _option("channels")] = Config.channels,
+    download: Annotated[
+        bool, typer.Option("--download", help="fetch archives that are missing in --root (omniglot)")
+    ] = False,
     log_every: Annotated[int, _option("log_every")] = Config.log_every,
     checkpoint_every: Annotated[int, _option("checkpoint_every")] = Config.checkpoint_every,
     validate_every: Annotated[int, _option("validate_every")] = Config.validate_every,
@@ -83,6 +91,8 @@ def train_command(
             config = Config(**given)
         if time_limit is not None and not time_limit > 0:
             raise ConfigError(f"time_limit={time_limit} cannot be; pass a number of seconds above 0.")
+        if download:
+            _fetch(config)
         done = train(config, out, Limits(time_limit, quiet), resume=resume)
         state = "trained" if done >= config.meta_steps else "stopped (continue with --resume)"
         typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
@@ -124,6 +134,13 @@ def demo_command(
     with _explained():
         folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
         typer.echo(str(demo(folder, seconds, quiet=quiet)))
+
+
+def _fetch(config: Config) -> None:
+    if config.root is None:
+        raise ConfigError("root=None, so there is nowhere to download to; pass the folder for the archives.")
+    for archive in fetch(config.data, Path(config.root), minimal=config.split if config.split in MINIMAL else None):
+        typer.echo(f"fetched: {archive}")
 
 
 def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Config:
