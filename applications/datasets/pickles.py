@@ -7,7 +7,6 @@ from checked numbers and bytes, since numpy's own rebuilding trusts a dtype to s
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -105,8 +104,6 @@ def _array(content: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
         raise _RefusedError("an array whose content is no block of numbers")
     if not all(isinstance(length, int) and length >= 0 for length in shape):
         raise ValueError(f"an array cannot have shape {shape!r}")
-    if math.prod(shape) * dtype.numpy.itemsize != len(content):
-        raise ValueError(f"an array of shape {shape!r} cannot have {len(content)} bytes")
     return np.frombuffer(content, dtype.numpy).reshape(shape, order=order)
 
 

@@ -1,4 +1,4 @@
-"""Command line: ``python -m applications.imaml train | evaluate | demo``."""
+"""Command line: ``python -m applications.imaml train | evaluate | adapt | demo``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import typer
 
 from applications.datasets.download import download as fetch
 from applications.datasets.omniglot import MINIMAL
+from applications.imaml.answer_sheet import draw_answers
+from applications.imaml.answers import SHEET, TABLE, answer
 from applications.imaml.checkpoint import CheckpointError
 from applications.imaml.config import (
     AlgorithmName,
@@ -29,6 +31,7 @@ from applications.imaml.config import (
 from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
+from applications.imaml.fewshot import Learner
 from applications.imaml.train import CONFIG, CURVE, METRICS, Limits, RunError, train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -120,6 +123,31 @@ def evaluate_command(
         evaluation.save(run / REPORT)
         typer.echo(str(evaluation))
         typer.echo(str(run / REPORT))
+
+
+@app.command("adapt")
+def adapt_command(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    support: Annotated[Path, typer.Option(help="images to learn from: one folder for each class")],
+    query: Annotated[Path, typer.Option(help="images to classify; in folders named like classes to have them counted")],
+    out: Annotated[Path | None, typer.Option(help="folder for the answers; that of the run by default")] = None,
+    inner_steps: Annotated[
+        int | None, typer.Option(help=f"{help_of('inner_steps')}; as in training by default")
+    ] = None,
+    batch_norm: Annotated[
+        BatchNorm | None, typer.Option(help=f"{help_of('batch_norm')}; as in training by default")
+    ] = None,
+    device: Annotated[str, _option("device")] = Config.device,
+) -> None:
+    """Learn classes of your own from a few images of each, and classify others: a table and a picture."""
+    with _explained():
+        folder = out or run
+        learner = Learner.load(run, device=device, inner_steps=inner_steps, batch_norm=batch_norm)
+        answers = answer(learner, support, query)
+        folder.mkdir(parents=True, exist_ok=True)
+        answers.save(folder / TABLE)
+        draw_answers(answers, folder / SHEET)
+        typer.echo(f"{answers}; {folder / TABLE}, {folder / SHEET}")
 
 
 @app.command("demo")

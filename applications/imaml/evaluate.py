@@ -188,10 +188,12 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
 
 
 class Network(NamedTuple):
-    """A trained network: its meta-parameters, and the meta-steps that led to them."""
+    """A trained network: its meta-parameters, the meta-steps that led to them, and the images that it takes."""
 
     theta: Parameters
     meta_step: int
+    channels: int
+    side: int
 
 
 def load_network(folder: Path, device: torch.device) -> Network:
@@ -210,7 +212,9 @@ def load_network(folder: Path, device: torch.device) -> Network:
     tensors, numbers = checkpoint.load(folder)
     prefix = "theta."
     theta = {name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
-    return Network(theta, numbers["meta_step"])
+    # Runs that don't say were made when all images were characters.
+    channels, side = numbers.get("image", (1, 28))
+    return Network(theta, numbers["meta_step"], channels, side)
 
 
 def measure(config: Config, network: Network, dataset: ClassImages, protocol: Protocol) -> Evaluation:

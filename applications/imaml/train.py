@@ -120,7 +120,7 @@ class _Run:
         self._sampler = TaskSampler(splits["train"], config.ways, config.shots, config.queries, self._train_generator)
         self._validation_images = splits.get("validation")
         *_, channels, _, side = splits["train"].images.shape
-        self._source = splits["train"].source
+        self._source, self._image = splits["train"].source, (channels, side)
         drawn = initialize(config.ways, channels, side, generator_for(config.seed, "initialisation"))
         self.theta: Parameters = {name: value.to(self._device).requires_grad_() for name, value in drawn.items()}
         self._optimizer = torch.optim.Adam(self.theta.values(), lr=config.meta_lr)
@@ -194,6 +194,7 @@ class _Run:
         self._tick()
         numbers = {
             "meta_step": self.meta_step,
+            "image": self._image,
             "metrics_bytes": self._metrics.size,
             "trained_seconds": self._trained_seconds,
             "row_seconds": self._row_seconds,

@@ -130,7 +130,7 @@ def test_damaged_file_is_named(tmp_path, damage):
     assert ("HTML page" in str(caught.value)) == (damage == "a page")
 
 
-@pytest.mark.parametrize("shape", [(5,), (-4,), (2, 3), ("4",)])
+@pytest.mark.parametrize("shape", [(5,), (-1,), (2, 3), ("4",)])
 def test_an_array_of_another_size_than_its_bytes_is_refused(tmp_path, shape):
     class Lying:
         def __reduce__(self):
