@@ -12,6 +12,7 @@ from applications.imaml import __main__ as command
 from applications.imaml import episodes
 from applications.imaml.config import Config
 from applications.imaml.episodes import TaskSampler, generator_for
+from applications.imaml.fewshot import Learner
 from applications.imaml.metrics import read_metrics
 from tests.helpers.pictures import picture, write_folder
 
@@ -45,6 +46,13 @@ def test_class_folders_are_trained_and_tested_on(tree, tmp_path):
     row = json.loads((out / "evaluation.json").read_text())["row"]
     expected = {"data": "folder", "source": "letters", "partition": "own", "split": "test, 3 classes"}
     assert row | expected == row
+    two = {f"{name}/{k}.png": picture("PNG", 10 * (ord(name) - 96) + k, 30) for name in "hi" for k in range(2)}
+    write_folder(tmp_path / "two", two)
+    adapted = run("adapt", out, "--support", tmp_path / "two", "--query", tmp_path / "two")
+    assert adapted.exit_code == 0, adapted.stderr
+    assert adapted.stdout.startswith("4 images, 2 classes")
+    learner = Learner.load(out)
+    assert (learner.channels, learner.side) == (3, 16)
 
 
 def test_what_photographs_are_called_is_in_every_report(tmp_path):
