@@ -12,6 +12,8 @@ from applications.datasets.mini_imagenet import mini_imagenet
 from applications.datasets.omniglot import MINIMAL, omniglot
 from applications.datasets.partitions import SPLITS
 
+_CONTENTS = {"omniglot": "its archives", "mini-imagenet": "it", "folder": "one folder of images for each class"}
+
 
 def load(
     name: str,
@@ -55,6 +57,3 @@ def load(
     if name == "omniglot":
         return omniglot(root, minimal=split if split in MINIMAL else None, **options)
     return mini_imagenet(root, **options) if name == "mini-imagenet" else folder(root, **options)
-
-
-_CONTENTS = {"omniglot": "its archives", "mini-imagenet": "it", "folder": "one folder of images for each class"}

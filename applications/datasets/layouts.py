@@ -136,6 +136,11 @@ def _tables(place: Path) -> Layout | None:
         found: Found = defaultdict(dict)
         for (file_name,), content, label in read_files(images, _member(rf"[^/.][^/]*{SUFFIXES}")):
             if file_name in label_of:
+                if file_name in found[label_of[file_name]]:
+                    raise ValueError(
+                        f"{label} is the second file named {file_name}, and the tables don't say which one they mean; "
+                        f"take one of them away."
+                    )
                 found[label_of[file_name]][file_name] = decode(content, label, form)
         missing = sorted(name for name, label in label_of.items() if name not in found[label])
         if missing:

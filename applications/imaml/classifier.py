@@ -30,8 +30,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     that was trained on other classes of the same kind.
 
     Images are bytes from 0 to 255, or floats from 0 to 1, in the size and with the channels that the run was trained
-    with: ``[count, channels, side, side]``, or flattened to ``[count, channels * side * side]`` as scikit-learn has
-    them; grey ones also ``[count, side, side]``. Labels are whatever scikit-learn takes for classes.
+    with: ``[count, channels, side, side]``, or with channels last, as Pillow and NumPy have them; flattened, channels
+    first, to ``[count, channels * side * side]`` as scikit-learn has them; grey ones also ``[count, side, side]``.
+    Labels are whatever scikit-learn takes for classes.
 
     Args:
         run: folder of a run.
@@ -163,4 +164,6 @@ def _images(X: ArrayLike, learner: Learner) -> Tensor:
     whole = (learner.channels, learner.side, learner.side)
     if images.dim() == 2 and images.shape[1] == learner.channels * learner.side**2:
         return images.unflatten(1, whole)
+    if list(images.shape[1:]) == [learner.side, learner.side, learner.channels]:
+        return images.movedim(-1, 1)
     return images.unsqueeze(1) if images.dim() == 3 and learner.channels == 1 else images

@@ -165,6 +165,10 @@ def replaced(name, content):
         (without("n30"), r"images\.zip lacks n3000000000\.jpg, which a table names"),
         (replaced("n1000000002.jpg", b"<html>"), r"n1000000002\.jpg in .*truncated or corrupt image"),
         (replaced("n1000000002.jpg", picture("JPEG", 9)[:400]), r"n1000000002\.jpg in .*truncated or corrupt image"),
+        (
+            *(lambda images: images | {"old/n1000000002.jpg": picture("JPEG", 9)},),
+            r"old/n1000000002\.jpg in .*images\.zip is the second file named n1000000002\.jpg",
+        ),
         (replaced("../n1.jpg", b""), "points outside of the archive"),
     ],
 )

@@ -78,6 +78,7 @@ def test_every_form_of_the_images_gives_the_same(run, task):
         lambda images: images / 255.0,
         lambda images: images[:, 0],
         lambda images: images.reshape(len(images), -1),
+        lambda images: np.moveaxis(images, 1, -1),
         lambda images: torch.from_numpy(images),
         lambda images: (images / 255.0).tolist(),
     ):
