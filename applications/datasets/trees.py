@@ -17,6 +17,34 @@ PART_NAMES: Mapping[str, str] = {"train": "train", "val": "validation", "validat
 _IMAGE = re.compile(rf"[^.].*{SUFFIXES}")
 
 
+def image_files(root: Path, wanted: str) -> list[Path]:
+    """The images below a folder.
+
+    Args:
+        root: where to look; files that are no images, or hidden, are passed over.
+        wanted: what to pass instead of a folder that won't do, for the error.
+
+    Returns:
+        Their paths, in the order of the names by code point.
+
+    Raises:
+        FileNotFoundError: if ``root`` is no folder.
+        OSError: if a folder in it cannot be listed.
+        ValueError: if there is no image.
+    """
+    if not root.is_dir():
+        state = "is a file" if root.exists() else "does not exist"
+        raise FileNotFoundError(f"{str(root)!r} {state}; pass {wanted}.")
+    found = sorted(
+        path
+        for path in files_below(root)
+        if _IMAGE.fullmatch(path.name) and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+    if not found:
+        raise ValueError(f"{root} holds no images (.png, .jpg, .bmp or .webp); pass {wanted}.")
+    return found
+
+
 def class_files(root: Path) -> dict[str, list[Path]]:
     """The images below a folder by class: a class is a folder that holds images.
 
@@ -31,25 +59,15 @@ def class_files(root: Path) -> dict[str, list[Path]]:
         OSError: if a folder in it cannot be listed.
         ValueError: if there is no image, or one that is in no class folder.
     """
-    if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
-        raise FileNotFoundError(f"{str(root)!r} {state}; pass a folder with one folder of images for each class.")
     found: dict[str, list[Path]] = defaultdict(list)
-    for path in files_below(root):
-        below = path.relative_to(root)
-        if _IMAGE.fullmatch(path.name) and not any(part.startswith(".") for part in below.parts):
-            found[below.parent.as_posix()].append(path)
-    if not found:
-        raise ValueError(
-            f"{root} holds no images (.png, .jpg, .bmp or .webp); pass a folder with one folder of images for each "
-            f"class."
-        )
+    for path in image_files(root, "a folder with one folder of images for each class"):
+        found[path.relative_to(root).parent.as_posix()].append(path)
     if "." in found:
         raise ValueError(
             f"{root} holds {len(found['.'])} images that are in no class folder, the first {min(found['.']).name}; "
             f"move each into a folder named after its class."
         )
-    return {name: sorted(found[name]) for name in sorted(found)}
+    return {name: found[name] for name in sorted(found)}
 
 
 def parts_of(classes: Sequence[str]) -> dict[str, str]:

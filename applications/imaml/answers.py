@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -12,14 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.datasets.archives import files_below
-from applications.datasets.decoding import SUFFIXES, Form, decode
-from applications.datasets.trees import class_files
+from applications.datasets.decoding import Form, decode
+from applications.datasets.trees import class_files, image_files
 from applications.imaml.checkpoint import write_atomically
 from applications.imaml.fewshot import Learner
 
 TABLE, SHEET = "answers.csv", "answers.png"
-_IMAGE = re.compile(rf"[^.].*{SUFFIXES}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def answer(learner: Learner, support: Path, query: Path) -> Answers:
     labels = torch.tensor([label for _, label in paths])
     learned = learner.learn(images, labels)
 
-    asked = _images_below(query)
+    asked = image_files(query, "a folder with the images to classify")
     places = {name: label for label, name in enumerate(classes)}
     truths = torch.tensor([places.get(path.relative_to(query).parent.as_posix(), -1) for path in asked])
     queries = _decoded(asked, form)
@@ -113,13 +110,3 @@ def answer(learner: Learner, support: Path, query: Path) -> Answers:
 def _decoded(paths: list[Path], form: Form) -> Tensor:
     pixels = np.stack([decode(path.read_bytes(), str(path), form) for path in paths])
     return torch.from_numpy(pixels).float().div(255)
-
-
-def _images_below(root: Path) -> list[Path]:
-    if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
-        raise FileNotFoundError(f"{str(root)!r} {state}; pass a folder with the images to classify.")
-    found = sorted(path for path in files_below(root) if _IMAGE.fullmatch(path.name))
-    if not found:
-        raise ValueError(f"{root} holds no images (.png, .jpg, .bmp or .webp); pass a folder with those to classify.")
-    return found
