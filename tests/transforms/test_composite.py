@@ -44,7 +44,8 @@ def box_map(y, step, theta):
 @functools.cache
 def solution(map_of, theta):
     """To a few digits, which tell the active set."""
-    return iterated(coupled, torch.tensor(theta, dtype=F64), map_of)
+    # Made inside a transform at times, and kept beyond it.
+    return all_lanes(iterated(coupled, torch.tensor(theta, dtype=F64), map_of))
 
 
 def lasso_oracle(theta):
