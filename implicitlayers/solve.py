@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitlayers.adjoints import Adjoint, Unrolled
+from implicitlayers.closure import bound_now
 from implicitlayers.flat import Structure, Tree, flatten_tensors
 from implicitlayers.functorch import carries_derivative, full_precision, graph_leaves, is_wrapped
 from implicitlayers.policy import apply_policy
@@ -18,6 +19,7 @@ from implicitlayers.problem import Kind, Posed
 from implicitlayers.regularizers import Regularizer
 from implicitlayers.solver import Solver
 from implicitlayers.status import AdjointReport, MisuseError, Policy, Solution, Stats, check_policy
+from implicitlayers.terms import Composite
 
 __all__ = ["Call"]
 
@@ -81,7 +83,8 @@ class Call:
 
     def _solve(self, structure: Structure, start: Tensor) -> Solution:
         tensors, skeleton = flatten_tensors(self.params)
-        function = UserFunction(self.fn, self.role, structure, skeleton, len(tensors), self.has_aux)
+        fn = self.fn.bound_now() if isinstance(self.fn, Composite) else bound_now(self.fn)
+        function = UserFunction(fn, self.role, structure, skeleton, len(tensors), self.has_aux)
         found = function.examine(start, tensors, touches_all=self.regularizer is None, look=self.solver.looks)
         # The copies are views made by a torch operation, so that a surrounding solve's substitution reaches them too.
         inputs = [t.view_as(t) for t in (*tensors, *found.captured)]
@@ -110,8 +113,8 @@ class Call:
             return
         remedy = {
             Kind.MINIMUM: "LBFGS(), Newton() or GradientDescent()",
-            Kind.COMPOSITE: "a proximal solver, or a smooth regularizer",
-            Kind.ROOT: "a solver for equations; to minimize, take argmin or least_squares",
+            Kind.COMPOSITE: "ProximalGradient(), or a smooth regularizer",
+            Kind.ROOT: "Newton(), Broyden(), Anderson() or FixedPointIteration(); to minimize, take argmin",
         }[kind]
         raise MisuseError(
             f"{type(self.solver).__name__} is not made for {kind.value}, which this problem is; pass {remedy}."

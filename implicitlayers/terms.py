@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad
 
 from implicitlayers import tape
+from implicitlayers.closure import bound_now
 from implicitlayers.functorch import batched, is_wrapped, pullback, pushforward
 from implicitlayers.problem import Lanes, Nonsmooth, Potential, Term, select
 from implicitlayers.status import MisuseError
@@ -37,6 +38,10 @@ class Composite:
     def __call__(self, x: Any, *params: Any) -> Any:
         """Evaluate the objective."""
         return self.loss(self.model(x, *params), *params)
+
+    def bound_now(self) -> Composite:
+        """The same with the parameters that its modules have now; see `closure.bound_now`."""
+        return Composite(bound_now(self.model), bound_now(self.loss))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,12 @@ class Regularizer(ABC):
 
     To write one, return from `pose` the smooth `Term`s, the `Nonsmooth` part, and the tensors that these depend on.
     `Penalty` and `Prox` make regularizers of plain functions, and need no class.
+
+    Attributes:
+        smooth: whether it has neither kinks nor constraints, so that any solver for minima will do.
     """
+
+    smooth: bool = True
 
     @abstractmethod
     def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
@@ -75,6 +80,7 @@ class Sum(Regularizer):
             if not isinstance(part, Regularizer):
                 raise MisuseError(f"{part!r} is no regularizer and cannot be added to one.")
         self.first, self.second = first, second
+        self.smooth = first.smooth and second.smooth
 
     def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
         one = self.first.pose(structure, start, first_slot)

@@ -32,6 +32,8 @@ class Box(Regularizer):
         MisuseError: a lower bound is above its upper one.
     """
 
+    smooth = False
+
     def __init__(self, lower: Tree = -math.inf, upper: Tree = math.inf) -> None:
         why = "a coordinate has no number to be; pass a finite bound, or leave it out"
         check_number("Box", "lower", lower, lambda value: value < math.inf, why)
@@ -50,6 +52,8 @@ class Box(Regularizer):
 
 class NonNegative(Regularizer):
     """xᵢ >= 0: a `Box` that is open above."""
+
+    smooth = False
 
     def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
         return Box(lower=0.0).pose(structure, start, first_slot)
@@ -70,6 +74,8 @@ class Simplex(Regularizer):
     Raises:
         MisuseError: a total is not positive, or a leaf lacks the dimension.
     """
+
+    smooth = False
 
     def __init__(self, total: Tree = 1.0, *, dim: int | None = None) -> None:
         why = "numbers >= 0 have no such sum but 0; pass total > 0"
@@ -98,6 +104,8 @@ class L1Ball(Regularizer):
         MisuseError: a radius is negative, or a leaf lacks the dimension.
     """
 
+    smooth = False
+
     def __init__(self, r: Tree, *, dim: int | None = None) -> None:
         _check_radius("L1Ball", r)
         self.r, self.dim = r, dim
@@ -120,6 +128,8 @@ class L2Ball(Regularizer):
     Raises:
         MisuseError: a radius is negative, or a leaf lacks the dimension.
     """
+
+    smooth = False
 
     def __init__(self, r: Tree, *, dim: int | None = None) -> None:
         _check_radius("L2Ball", r)

@@ -63,6 +63,8 @@ class Prox(Regularizer):
         >>> prox = Prox(lambda y, step: y / (1 + step), lambda x: x.square().sum() / 2)  # another Ridge(1.0)
     """
 
+    smooth = False
+
     def __init__(self, prox: Callable[[Any, Tensor], Tree], value: Callable[[Any], Tensor] | None = None) -> None:
         _check_callable("Prox", "prox", prox, "(y, step) -> x")
         if value is not None:

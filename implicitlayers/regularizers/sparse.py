@@ -30,6 +30,8 @@ class Lasso(Regularizer):
         MisuseError: a strength is negative.
     """
 
+    smooth = False
+
     def __init__(self, lam: Tree) -> None:
         check_strength("Lasso", lam)
         self.lam = lam
@@ -52,6 +54,8 @@ class ElasticNet(Regularizer):
     Raises:
         MisuseError: a strength is negative.
     """
+
+    smooth = False
 
     def __init__(self, l1: Tree, l2: Tree) -> None:
         check_strength("ElasticNet", l1, "l1")
@@ -82,6 +86,8 @@ class GroupLasso(Regularizer):
     Raises:
         MisuseError: a strength is negative, or a leaf lacks the dimension.
     """
+
+    smooth = False
 
     def __init__(self, lam: Tree, *, dim: int | None = None, weighted: bool = False) -> None:
         check_strength("GroupLasso", lam)

@@ -14,7 +14,7 @@ from implicitlayers.flat import Tree
 from implicitlayers.loop import check_tolerances, freeze, norm
 from implicitlayers.problem import Bound, Kind
 from implicitlayers.solver import Progress, Solver
-from implicitlayers.solvers.mapping import forward_backward
+from implicitlayers.solvers.mapping import begin
 from implicitlayers.status import MisuseError, Status
 
 __all__ = ["BestSoFar", "Given"]
@@ -55,11 +55,7 @@ class Given(Solver[_State]):
 
     def init(self, problem: Bound, x: Tensor) -> _State:
         objective, F = problem.value_and_residual(x)
-        progress = Progress.begin(problem, x, objective, F)
-        if problem.kind is Kind.COMPOSITE:
-            mapping = forward_backward(problem, x, F, torch.ones_like(objective))[1]
-            progress = progress._replace(residual=norm(mapping), objective=objective + problem.nonsmooth_value(x))
-        return _State(x, progress)
+        return _State(x, begin(problem, x, objective, F, torch.ones_like(objective)))
 
     def step(self, problem: Bound, state: _State) -> _State:
         return state

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from implicitlayers.loop import norm
 from implicitlayers.problem import Bound, Kind
+from implicitlayers.solver import Progress
 
-__all__ = ["forward_backward"]
+__all__ = ["begin", "forward_backward", "total"]
 
 
 def forward_backward(problem: Bound, x: Tensor, F: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,3 +26,16 @@ def forward_backward(problem: Bound, x: Tensor, F: Tensor, step: Tensor) -> tupl
         return moved, F
     new = problem.prox(moved, step)
     return new, (x - new) / t
+
+
+def total(problem: Bound, x: Tensor, smooth: Tensor) -> Tensor:
+    """The whole objective ``[*lanes]``, given that of its smooth part."""
+    return smooth + problem.nonsmooth_value(x) if problem.kind is Kind.COMPOSITE else smooth
+
+
+def begin(problem: Bound, x: Tensor, smooth: Tensor, F: Tensor, step: Tensor) -> Progress:
+    """`Progress` at the start of a solve whose residual is the gradient mapping with this step."""
+    # The terms that cancel in the mapping are those of the smooth part's gradient.
+    progress = Progress.begin(problem, x, smooth, F)
+    residual, objective = norm(forward_backward(problem, x, F, step)[1]), total(problem, x, smooth)
+    return progress._replace(residual=residual, best=residual, objective=objective, lowest=objective)

@@ -12,7 +12,7 @@ from implicitlayers.loop import Algorithm, check_tolerances, dot, freeze, iterat
 from implicitlayers.problem import Bound, Kind
 from implicitlayers.solver import Progress, Solver
 from implicitlayers.solvers.line_search import Point
-from implicitlayers.solvers.mapping import forward_backward
+from implicitlayers.solvers.mapping import begin, forward_backward, total
 from implicitlayers.status import RUNNING, MisuseError, Status
 
 __all__ = ["ProximalGradient"]
@@ -78,7 +78,7 @@ class ProximalGradient(Solver[_State]):
         new = freeze(kept, trial.point, old)
         step = torch.where(kept, trial.step, state.step)
         ahead, inertia = self._run_ahead(y.x, old.x, new.x, state.inertia)
-        objective = _objective(problem, new)
+        objective = total(problem, new.x, new.objective)
         mapping = forward_backward(problem, new.x, new.F, step)[1]
         progress = state.progress.advance((old.x, state.mapping), (new.x, mapping), objective)
         failed = torch.full_like(state.search, Status.LINE_SEARCH_FAILED)
@@ -99,12 +99,8 @@ class ProximalGradient(Solver[_State]):
     def _begin(self, problem: Bound, x: Tensor, step: Tensor) -> _State:
         point = Point(x, *problem.value_and_residual(x))
         mapping = forward_backward(problem, x, point.F, step)[1]
-        residual, objective = norm(mapping), _objective(problem, point)
-        # The terms that cancel are those of the smooth part's gradient.
-        progress = Progress.begin(problem, *point)
-        progress = progress._replace(residual=residual, best=residual, objective=objective, lowest=objective)
-        running = torch.full_like(residual, RUNNING, dtype=torch.int64)
-        return _State(point, mapping, x, torch.ones_like(residual), step, progress, running)
+        running = torch.full_like(step, RUNNING, dtype=torch.int64)
+        return _State(point, mapping, x, torch.ones_like(step), step, begin(problem, *point, step), running)
 
     def _first_step(self, problem: Bound, x: Tensor, F: Tensor) -> Tensor:
         length = norm(F).detach()
@@ -157,9 +153,3 @@ class _Backtracking(Algorithm[Bound, _Trial]):
         # False for NaN, so that a point outside the domain is refused.
         accepted = torch.where(drowned, gentle, below) & torch.isfinite(point.F).all(-1)
         return _Trial(step, point, accepted)
-
-
-def _objective(problem: Bound, point: Point) -> Tensor:
-    if problem.kind is not Kind.COMPOSITE:
-        return point.objective
-    return point.objective + problem.nonsmooth_value(point.x)

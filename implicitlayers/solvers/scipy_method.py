@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from implicitlayers.linear.operator import Operator
 from implicitlayers.loop import check_tolerances
-from implicitlayers.problem import Bound
+from implicitlayers.problem import Bound, Kind
 from implicitlayers.solver import Progress, Solver
 from implicitlayers.solvers.lanes import each_lane, lane_of
+from implicitlayers.solvers.mapping import begin, forward_backward, total
 from implicitlayers.status import RUNNING, MisuseError, Status
 from implicitlayers.terms import ObjectiveTerm
 
@@ -52,7 +53,17 @@ _MINIMIZE: dict[str, _Options] = {
     "trust-exact": _Options(("gtol",), euclidean=True, second="hess"),
     "trust-krylov": _Options(("gtol",), euclidean=True, second="hessp"),
 }  # fmt: skip
+_ROOT: dict[str, _Options] = {
+    "hybr": _Options((), {"xtol": _ROUNDING}, limit="maxfev", second="jac"),
+    "lm": _Options((), {"xtol": _ROUNDING, "ftol": _ROUNDING}, second="jac"),
+    **dict.fromkeys(("broyden1", "broyden2", "anderson", "linearmixing", "diagbroyden", "excitingmixing", "krylov"),
+                    _Options(("fatol",))),
+    "df-sane": _Options(("fatol",), {"ftol": 0.0}, limit="maxfev", euclidean=True),
+}  # fmt: skip
 _LEAST_SQUARES = ("trf", "dogbox", "lm")
+_TAKE_BOUNDS = ("L-BFGS-B", "TNC", "SLSQP", "trust-constr", "trf", "dogbox")
+_METHODS = tuple(dict.fromkeys([*_MINIMIZE, *_ROOT, *_LEAST_SQUARES]))
+_COUNTS = {"maxfev": "nfev", "maxfun": "nfev", "maxiter": "nit"}
 _GRADIENT_FREE = ("Nelder-Mead", "Powell", "COBYLA", "COBYQA")
 
 
@@ -73,13 +84,16 @@ class _End(NamedTuple):
 
 @dataclass(frozen=True)
 class Scipy(Solver[_State]):
-    """Minimize with a method of `scipy.optimize`, one lane after the other, on the CPU and in float64.
+    """Minimize or solve with a method of `scipy.optimize`, one lane after the other, on the CPU and in float64.
 
     Choose it as a second opinion, or for a method that this library lacks. Objective and gradient are evaluated in the
-    dtype and on the device of the unknown; what SciPy computes with them is float64. The methods are those that take
-    gradients: of `minimize` CG, BFGS, Newton-CG, L-BFGS-B, TNC, SLSQP, trust-constr, dogleg, trust-ncg, trust-exact and
-    trust-krylov (with products of the Hessian where they take them); of `least_squares` trf, dogbox and lm, for an
-    objective that is a `Composite` with the loss ½‖z‖².
+    dtype and on the device of the unknown; what SciPy computes with them is float64. To minimize, the methods are those
+    of `minimize` that take gradients (CG, BFGS, Newton-CG, L-BFGS-B, TNC, SLSQP, trust-constr, dogleg, trust-ncg,
+    trust-exact, trust-krylov; with products of the Hessian where they take them), and those of `least_squares` (trf,
+    dogbox, lm) for an objective that is a `Composite` with the loss ½‖z‖². A regularizer that is a box becomes their
+    bounds, where they take bounds: L-BFGS-B, TNC, SLSQP, trust-constr, trf, dogbox. For an equation they are those of
+    `root` (hybr and lm, with the Jacobian; broyden1, broyden2, anderson, linearmixing, diagbroyden, excitingmixing,
+    krylov, df-sane).
 
     SciPy's own verdict is not taken over: a lane has converged where ‖F‖ is below the tolerance, as for every solver
     here, and has otherwise reached the limit (MAX_STEPS) or was given up by the method (STALLED). The steps reported
@@ -89,10 +103,11 @@ class Scipy(Solver[_State]):
         method: name, as SciPy spells it.
         rtol: see `Solver`, with the scale of the start. None is refused, because SciPy always looks.
         atol: see `Solver`.
-        max_steps: limit on SciPy's iterations (for TNC and `least_squares`, evaluations).
+        max_steps: limit on SciPy's iterations (for TNC, hybr, df-sane and `least_squares`, evaluations).
         options: further options of the method; they take precedence.
     """
 
+    handles: ClassVar[frozenset[Kind]] = frozenset(Kind)
     recordable: ClassVar[bool] = False
 
     method: str = "L-BFGS-B"
@@ -111,15 +126,15 @@ class Scipy(Solver[_State]):
         if self.method in _GRADIENT_FREE:
             raise MisuseError(
                 f"Scipy({self.method!r}): this method takes no gradients, and would leave a solution too rough to be "
-                f"differentiated at; pass one of {[*_MINIMIZE, *_LEAST_SQUARES]}."
+                f"differentiated at; pass one of {_METHODS}."
             )
-        if self.method not in (*_MINIMIZE, *_LEAST_SQUARES):
-            raise MisuseError(
-                f"Scipy({self.method!r}): no such method is known; pass one of {[*_MINIMIZE, *_LEAST_SQUARES]}."
-            )
+        if self.method not in _METHODS:
+            raise MisuseError(f"Scipy({self.method!r}): no such method is known; pass one of {_METHODS}.")
 
     def init(self, problem: Bound, x: Tensor) -> _State:
-        progress = Progress.begin(problem, x, *problem.value_and_residual(x))
+        self._check_kind(problem, x)
+        objective, F = problem.value_and_residual(x)
+        progress = begin(problem, x, objective, F, torch.ones_like(objective))
         status = torch.full_like(progress.residual, RUNNING, dtype=torch.int64)
         return _State(x, progress, status, torch.zeros_like(status))
 
@@ -134,9 +149,9 @@ class Scipy(Solver[_State]):
             x[index] = torch.as_tensor(end.x, dtype=x.dtype, device=x.device)
             taken[index] = end.steps
             status[index] = Status.MAX_STEPS if end.exhausted else Status.STALLED
-        objective, F = problem.value_and_residual(x)
-        old = (state.x, problem.value_and_residual(state.x)[1])
-        return _State(x, state.progress.advance(old, (x, F), objective), status, taken)
+        old, new = (_residual_at(problem, at) for at in (state.x, x))
+        progress = state.progress.advance((state.x, old[1]), (x, new[1]), new[0])
+        return _State(x, progress, status, taken)
 
     def terminate(self, problem: Bound, state: _State) -> Tensor:
         # The step is the whole solve, so that a lane that is not done after it is given up.
@@ -144,7 +159,9 @@ class Scipy(Solver[_State]):
         return torch.where(ours == RUNNING, state.status, ours)
 
     def postprocess(self, problem: Bound, state: _State) -> tuple[Tensor, Tensor, Tensor]:
-        return state.x, state.progress.residual, state.progress.objective
+        objective = state.progress.objective
+        objective = torch.full_like(objective, torch.nan) if problem.kind is Kind.ROOT else objective
+        return state.x, state.progress.residual, objective
 
     def count(self, state: _State, steps: Tensor) -> Tensor:
         return state.taken
@@ -153,23 +170,58 @@ class Scipy(Solver[_State]):
         spread = max(tolerance / x.numel() ** 0.5, np.finfo(np.float64).tiny)
         lane = _Lane(problem, x)
         try:
-            if self.method in _LEAST_SQUARES:
-                return self._least_squares(lane, spread)
-            options = _MINIMIZE[self.method]
-            return self._minimize(lane, options, tolerance if options.euclidean else spread)
-        except np.linalg.LinAlgError:
-            # A matrix with NaN, or one that a factorization refuses: the other lanes must not hear of it.
+            with np.errstate(all="ignore"):
+                if problem.kind is Kind.ROOT:
+                    options = _ROOT[self.method]
+                    return self._root(lane, options, tolerance if options.euclidean else spread)
+                if self.method in _LEAST_SQUARES:
+                    return self._least_squares(lane, spread)
+                options = _MINIMIZE[self.method]
+                return self._minimize(lane, options, tolerance if options.euclidean else spread)
+        except (np.linalg.LinAlgError, ArithmeticError):
+            # A matrix that a factorization refuses, an overflow: the other lanes must not hear of it.
+            return _End(lane.start, 0, False)
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
             return _End(lane.start, 0, False)
 
     def _minimize(self, lane: _Lane, method: _Options, tolerance: float) -> _End:
-        options = {**dict.fromkeys(method.tolerance, tolerance), **method.never, method.limit: self.max_steps}
+        options = self._told(method, tolerance)
         second = {"": {}, "hessp": {"hessp": lane.product}, "hess": {"hess": lane.matrix}}[method.second]
         found = scipy.optimize.minimize(
-            lane.value_and_gradient, lane.start, jac=True, method=self.method, options={**options, **self.options},
-            **second,
+            lane.value_and_gradient, lane.start, jac=True, method=self.method, options=options,
+            bounds=None if lane.bounds is None else np.stack(lane.bounds, -1), **second,
         )  # fmt: skip
-        spent = found.nfev if method.limit == "maxfun" else found.nit
-        return _End(found.x, int(found.nit), spent >= self.max_steps)
+        return _End(found.x, int(found.nit), int(found[_COUNTS[method.limit]]) >= self.max_steps)
+
+    def _root(self, lane: _Lane, method: _Options, tolerance: float) -> _End:
+        # SciPy's mixing and quasi-Newton methods move along +F first, so that they want a fixed point as g(x) - x.
+        found = scipy.optimize.root(
+            lambda z: -lane.residual(z), lane.start, jac=(lambda z: -lane.matrix(z)) if method.second else None,
+            method=self.method, options=self._told(method, tolerance),
+        )  # fmt: skip
+        taken = int(found.get("nit", found.get("nfev", 0)))
+        return _End(np.asarray(found.x), taken, int(found.get(_COUNTS[method.limit], taken)) >= self.max_steps)
+
+    def _told(self, method: _Options, tolerance: float) -> dict[str, Any]:
+        options = {**dict.fromkeys(method.tolerance, tolerance), **method.never, method.limit: self.max_steps}
+        return {**options, **self.options}
+
+    def _check_kind(self, problem: Bound, x: Tensor) -> None:
+        suited = _ROOT if problem.kind is Kind.ROOT else (*_MINIMIZE, *_LEAST_SQUARES)
+        if problem.kind is Kind.COMPOSITE:
+            suited = _TAKE_BOUNDS
+            if problem.bounds(x) is None:
+                raise MisuseError(
+                    f"Scipy({self.method!r}): SciPy's methods take bounds, and the regularizer has other kinks or "
+                    "constraints; pass Box, a smooth regularizer, or take ProximalGradient."
+                )
+        if self.method not in suited:
+            raise MisuseError(
+                f"Scipy({self.method!r}) is not made for {problem.kind.value}, which this problem is; pass one of "
+                f"{tuple(suited)}."
+            )
 
     def _least_squares(self, lane: _Lane, tolerance: float) -> _End:
         residuals = lane.residuals()
@@ -180,9 +232,16 @@ class Scipy(Solver[_State]):
         found = scipy.optimize.least_squares(
             lambda z: lane.numpy(residuals(lane.tensor(z))), lane.start,
             jac=lambda z: lane.numpy(jacrev(residuals)(lane.tensor(z))),  # type: ignore[arg-type]
-            method=self.method, **{**options, **self.options},
+            method=self.method, bounds=(-np.inf, np.inf) if lane.bounds is None else lane.bounds,
+            **{**options, **self.options},
         )  # fmt: skip
         return _End(found.x, int(found.nfev), found.status == 0)
+
+
+def _residual_at(problem: Bound, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole objective, and F or the gradient mapping that stands for it."""
+    smooth, F = problem.value_and_residual(x)
+    return total(problem, x, smooth), forward_backward(problem, x, F, torch.ones_like(smooth))[1]
 
 
 @dataclass(frozen=True)
@@ -194,7 +253,16 @@ class _Lane:
 
     @property
     def start(self) -> np.ndarray:
-        return self.numpy(self.x)
+        # Where there are bounds, SciPy wants a start inside.
+        return self.numpy(self.x) if self.bounds is None else np.clip(self.numpy(self.x), *self.bounds)
+
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
+        found = self.problem.bounds(self.x)
+        return None if found is None else (self.numpy(found[0]), self.numpy(found[1]))
+
+    def residual(self, z: np.ndarray) -> np.ndarray:
+        return self.numpy(self.problem.residual(self.tensor(z)))
 
     def tensor(self, z: np.ndarray) -> Tensor:
         return torch.as_tensor(np.array(z, copy=True), dtype=self.x.dtype, device=self.x.device)
@@ -212,7 +280,7 @@ class _Lane:
 
     def matrix(self, z: np.ndarray) -> np.ndarray:
         x = self.tensor(z)
-        return self.numpy(Operator(self.problem.linearize(x), symmetric=True).dense(x))
+        return self.numpy(Operator(self.problem.linearize(x), symmetric=False).dense(x))
 
     def residuals(self) -> Callable[[Tensor], Tensor]:
         """The model's output as one vector, where the objective is half its square and nothing else."""
