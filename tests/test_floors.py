@@ -37,7 +37,10 @@ FLOORS = (
 FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 
 # Inside these packages a family knows what is shared, and no other family; but for the one that chooses among them.
-SHARED = {"linear": {"krylov", "operator", "preconditioner", "solve"}, "solvers": {"direction", "lanes", "line_search", "mapping"}}
+SHARED = {
+    "linear": {"krylov", "operator", "preconditioner", "solve"},
+    "solvers": {"direction", "lanes", "line_search", "mapping"},
+}
 CHOOSES = {"linear.auto"}
 
 # Seen from applications/ and benchmarks/, everything else is internal.

@@ -101,16 +101,16 @@ def test_the_lasso_and_its_derivative(solver):
 def test_the_residual_is_the_gradient_mapping_at_the_answer(solver):
     loose = type(solver)(**{**vars(solver), "rtol": 1e-4})
     solution = lasso(LAM, loose)
-    b, t = solution.value, 1e-6
+    b, t = solution.value, 1e-4
     moved = b - t * grad(misfit)(b, Y)
     # The mapping does not grow with its step, so that a tiny one bounds it from above.
     mapping = (b - moved.sign() * torch.relu(moved.abs() - t * LAM)) / t
-    assert solution.stats.residual <= mapping.norm() * (1 + 1e-6)
+    assert solution.stats.residual <= mapping.norm() * (1 + 1e-5)
     assert solution.stats.residual >= mapping.norm() / 100
 
 
 def test_acceleration_pays_and_is_restarted():
-    fast, slow = (lasso(LAM / 10, SOLVERS[name]).stats.steps.item() for name in ("fista", "ista"))
+    fast, slow = (lasso(LAM / 3, ProximalGradient(how, rtol=1e-5)).stats.steps.item() for how in (True, False))
     assert fast < slow / 2
 
 
@@ -124,10 +124,10 @@ def test_single_precision_and_a_smooth_problem():
 
 
 def test_lanes_and_the_one_that_breaks():
-    lams = torch.tensor([0.01, torch.nan, 0.1], dtype=F64)
+    lams = torch.tensor([0.03, torch.nan, 0.1], dtype=F64)
 
     def layer(lam):
-        solution = lasso(lam, SOLVERS["fista"])
+        solution = lasso(lam, ProximalGradient(rtol=1e-5))
         return solution.value, solution.status, solution.stats.steps
 
     value, status, steps = vmap(layer)(lams)
@@ -166,7 +166,8 @@ def test_scipy_takes_a_box_as_bounds(method):
         return il.argmin(misfit, ZERO, y, regularizer=box, solver=solver, adjoint=EXACT).value
 
     ours = layer(Y, SOLVERS["fista"])
-    assert (ours == 0).any() and (ours == 0.5).any() and ((ours > 0) & (ours < 0.5)).any()
+    assert {bool((ours == bound).any()) for bound in (0, 0.5)} == {True}
+    assert ((ours > 0) & (ours < 0.5)).any()
     # An interior method ends that much inside.
     assert_near(layer(Y, il.Scipy(method, rtol=1e-4)), ours, 2e-2 if method == "trust-constr" else 1e-3)
 
