@@ -1,5 +1,6 @@
 """Differentiable layers whose output is the solution of an optimization problem."""
 
+from implicitlayers import nn
 from implicitlayers.adjoints import Adjoint, Implicit, OneStep, Unrolled
 from implicitlayers.api import argmin, fixed_point, least_squares, root
 from implicitlayers.implicit import ImplicitArgmin
@@ -16,15 +17,31 @@ from implicitlayers.linear.preconditioner import Jacobi, LBFGSPreconditioner, Ny
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.linear_equation import linear_solve
 from implicitlayers.problem import Kind
-from implicitlayers.regularizers import Proximal, Regularizer, Ridge
+from implicitlayers.regularizers import (
+    Box,
+    ElasticNet,
+    GroupLasso,
+    L1Ball,
+    L2Ball,
+    Lasso,
+    NonNegative,
+    Penalty,
+    Prox,
+    Proximal,
+    Regularizer,
+    Ridge,
+    Simplex,
+)
 from implicitlayers.solver import Solver
 from implicitlayers.solvers.adam import Adam
+from implicitlayers.solvers.fixed_point import Anderson, Broyden, FixedPointIteration
 from implicitlayers.solvers.given import BestSoFar, Given
 from implicitlayers.solvers.gradient import GradientDescent
 from implicitlayers.solvers.lbfgs import LBFGS
 from implicitlayers.solvers.least_squares import GaussNewton, LevenbergMarquardt
 from implicitlayers.solvers.line_search import Armijo, Fixed, LineSearch, StrongWolfe
 from implicitlayers.solvers.newton import Newton
+from implicitlayers.solvers.proximal import ProximalGradient
 from implicitlayers.solvers.scipy_method import Scipy
 from implicitlayers.solvers.torch_optimizer import TorchOptimizer
 from implicitlayers.status import (
@@ -45,10 +62,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adam", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning",
-    "Armijo", "Auto", "BestSoFar", "BiCGStab", "Composite", "Dense", "Fixed", "GaussNewton", "Given",
-    "GradientDescent", "Implicit", "ImplicitArgmin", "ImplicitLayersError", "Jacobi", "Kind", "LBFGSPreconditioner",
+    "Anderson", "Armijo", "Auto", "BestSoFar", "BiCGStab", "Box", "Broyden", "Composite", "Dense", "ElasticNet",
+    "Fixed", "FixedPointIteration", "GaussNewton", "Given", "GradientDescent", "GroupLasso", "Implicit",
+    "ImplicitArgmin", "ImplicitLayersError", "Jacobi", "Kind", "L1Ball", "L2Ball", "LBFGSPreconditioner", "Lasso",
     "LevenbergMarquardt", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann", "Newton",
-    "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "Proximal", "Regularizer", "Ridge", "Scipy",
-    "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled",
-    "argmin", "fixed_point", "least_squares", "linear_solve", "root",
+    "NonNegative", "NormalCG", "Nystrom", "OneStep", "Operator", "Penalty", "Preconditioner", "Prox", "Proximal",
+    "ProximalGradient", "Regularizer", "Ridge", "Scipy", "Simplex", "Solution", "SolveError", "SolveWarning", "Solver",
+    "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled", "argmin", "fixed_point", "least_squares",
+    "linear_solve", "nn", "root",
 ]  # fmt: skip

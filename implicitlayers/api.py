@@ -12,7 +12,11 @@ from implicitlayers.pose import Equation, Objective, Residuals
 from implicitlayers.regularizers import Regularizer
 from implicitlayers.solve import Call
 from implicitlayers.solver import Solver
+from implicitlayers.solvers.fixed_point import Anderson
 from implicitlayers.solvers.lbfgs import LBFGS
+from implicitlayers.solvers.least_squares import LevenbergMarquardt
+from implicitlayers.solvers.newton import Newton
+from implicitlayers.solvers.proximal import ProximalGradient
 from implicitlayers.status import Policy, Solution
 
 __all__ = ["argmin", "fixed_point", "least_squares", "root"]
@@ -45,7 +49,8 @@ def argmin(
         x0: where to start; a tensor or any tree of tensors of one floating dtype. Gets no gradient under `Implicit`.
         *params: what the objective depends on; trees of tensors and anything else.
         regularizer: added to the objective.
-        solver: how to minimize; `LBFGS()` by default.
+        solver: how to minimize; by default `LBFGS()`, or `ProximalGradient()` where the regularizer has kinks or
+            constraints.
         adjoint: how to differentiate; `Implicit()` by default.
         has_aux: whether the objective returns ``(value, aux)``.
         on_failure: what to do about lanes that the solver could not finish: "raise", "warn", "ignore" (look at
@@ -71,7 +76,7 @@ def argmin(
         x0,
         params,
         regularizer,
-        LBFGS() if solver is None else solver,
+        _default(LBFGS(), regularizer) if solver is None else solver,
         Implicit() if adjoint is None else adjoint,
         has_aux,
         on_failure,
@@ -102,7 +107,8 @@ def least_squares(
         x0: see `argmin`.
         *params: see `argmin`.
         regularizer: added to the sum.
-        solver: how to minimize; `LBFGS()` by default.
+        solver: how to minimize; by default `LevenbergMarquardt()`, or `ProximalGradient()` where the regularizer has
+            kinks or constraints.
         adjoint: see `argmin`.
         has_aux: whether `residuals` returns ``(r, aux)``.
         on_failure: see `argmin`.
@@ -121,7 +127,7 @@ def least_squares(
         >>> torch.allclose(x, torch.tensor([2.0, 3.0], dtype=torch.float64))
         True
     """
-    solver = LBFGS() if solver is None else solver
+    solver = _default(LevenbergMarquardt(), regularizer) if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
     return Call(residuals, Residuals(), x0, params, regularizer, solver, adjoint, has_aux, on_failure).run()
 
@@ -131,7 +137,7 @@ def root(
     residual: Callable[..., Any],
     x0: Tree,
     *params: Any,
-    solver: Solver[Any],
+    solver: Solver[Any] | None = None,
     adjoint: Adjoint | None = None,
     has_aux: bool = False,
     on_failure: Policy = "raise",
@@ -145,7 +151,7 @@ def root(
         residual: ``(x, *params) -> F``, a tree like x; otherwise as the objective of `argmin`.
         x0: see `argmin`.
         *params: see `argmin`.
-        solver: how to solve.
+        solver: how to solve; `Newton()` by default.
         adjoint: see `argmin`.
         has_aux: whether `residual` returns ``(F, aux)``.
         on_failure: see `argmin`.
@@ -156,7 +162,14 @@ def root(
     Raises:
         MisuseError: the call cannot mean what it says.
         SolveError: some lanes failed and ``on_failure="raise"``.
+
+    Example:
+        >>> theta = torch.ones((), dtype=torch.float64, requires_grad=True)
+        >>> x = root(lambda x, t: t * x**3 - x - 2, torch.tensor(1.5, dtype=torch.float64), theta).value
+        >>> round(torch.autograd.grad(x, theta)[0].item(), 10)
+        -0.5924469933
     """
+    solver = Newton() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
     return Call(residual, Equation(), x0, params, None, solver, adjoint, has_aux, on_failure).run()
 
@@ -166,7 +179,7 @@ def fixed_point(
     mapping: Callable[..., Any],
     x0: Tree,
     *params: Any,
-    solver: Solver[Any],
+    solver: Solver[Any] | None = None,
     adjoint: Adjoint | None = None,
     has_aux: bool = False,
     on_failure: Policy = "raise",
@@ -180,7 +193,7 @@ def fixed_point(
         mapping: ``(x, *params) -> g``, a tree like x; otherwise as the objective of `argmin`.
         x0: see `argmin`.
         *params: see `argmin`.
-        solver: how to solve.
+        solver: how to solve; `Anderson()` by default.
         adjoint: see `argmin`.
         has_aux: whether `mapping` returns ``(g, aux)``.
         on_failure: see `argmin`.
@@ -192,7 +205,12 @@ def fixed_point(
         MisuseError: the call cannot mean what it says.
         SolveError: some lanes failed and ``on_failure="raise"``.
     """
+    solver = Anderson() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
     return Call(
         mapping, Equation("mapping", fixed_point=True), x0, params, None, solver, adjoint, has_aux, on_failure
     ).run()
+
+
+def _default(solver: Solver[Any], regularizer: Regularizer | None) -> Solver[Any]:
+    return solver if getattr(regularizer, "smooth", True) else ProximalGradient()

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -27,7 +28,7 @@ from torch.utils import _pytree as pytree
 from implicitlayers.functorch import carries_derivative, is_wrapped
 from implicitlayers.status import MisuseError
 
-__all__ = ["Probe", "Watch", "substituted"]
+__all__ = ["Probe", "Watch", "bound_now", "substituted"]
 
 
 class _Onlooker(TorchFunctionMode):
@@ -181,6 +182,18 @@ class _Substitute(TorchFunctionMode):
 
         args, kwargs = pytree.tree_map(swap, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def bound_now(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A module with the parameters and buffers that it has now, whatever it has when it is called; else `fn` itself.
+
+    A backward calls the module again when ``torch.func.functional_call`` around the solve has long put the module's own
+    parameters back.
+    """
+    if not isinstance(fn, torch.nn.Module):
+        return fn
+    tensors = {**dict(fn.named_parameters()), **dict(fn.named_buffers())}
+    return lambda *args: torch.func.functional_call(fn, tensors, args)
 
 
 def substituted(fn: Callable[..., Any], captured: Sequence[Tensor], watch: Watch) -> Callable[..., Any]:

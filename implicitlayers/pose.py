@@ -18,7 +18,7 @@ from implicitlayers.problem import Term
 from implicitlayers.status import MisuseError
 from implicitlayers.terms import Composite, ObjectiveTerm, ResidualTerm
 
-__all__ = ["Equation", "Examined", "Objective", "Residuals", "Role", "UserFunction"]
+__all__ = ["Equation", "Examined", "Objective", "Residuals", "Role", "Summand", "UserFunction", "check_like"]
 
 
 class Role(ABC):
@@ -40,27 +40,38 @@ class Role(ABC):
     def flat(self, out: Any, structure: Structure) -> Tensor:
         """All numbers of `out` as one tensor."""
 
+
+class Summand(Role):
+    """A function that is a summand of the optimality condition, itself or by its gradient."""
+
     @abstractmethod
     def term(self, function: UserFunction, found: Examined) -> Term:
         """The function as a term of the optimality condition."""
 
 
-class Objective(Role):
-    """A scalar to be minimized."""
+@dataclass(frozen=True)
+class Objective(Summand):
+    """A scalar to be minimized.
 
-    noun = "objective"
+    Attributes:
+        noun: see `Role`.
+    """
+
+    noun: str = "objective"
     signature = "(x, *params) -> scalar"
 
     def check(self, out: Any, structure: Structure) -> None:
         if not isinstance(out, Tensor):
-            hint = " (has_aux=True if it is (value, aux))" if isinstance(out, tuple) else ""
-            raise MisuseError(f"the objective returned {type(out).__name__}, not a tensor; return a 0-d tensor{hint}.")
+            hint = " (an objective may return (value, aux), with has_aux=True)" if isinstance(out, tuple) else ""
+            raise MisuseError(
+                f"the {self.noun} returned {type(out).__name__}, not a tensor; return a 0-d tensor{hint}."
+            )
         if out.ndim != 0:
             raise MisuseError(
-                f"the objective returned shape {tuple(out.shape)}, and only a scalar can be minimized; reduce it with "
-                ".sum() or .mean(), or solve many problems at once with torch.vmap."
+                f"the {self.noun} returned shape {tuple(out.shape)}, and only a scalar can be minimized; reduce it "
+                "with .sum() or .mean(), or solve many problems at once with torch.vmap."
             )
-        _check_like("objective", out, structure)
+        check_like(self.noun, out, structure)
 
     def flat(self, out: Any, structure: Structure) -> Tensor:
         return out
@@ -69,7 +80,7 @@ class Objective(Role):
         return function.objective(found)
 
 
-class Residuals(Role):
+class Residuals(Summand):
     """Any tree of numbers whose squares are summed and minimized."""
 
     noun = "residuals function"
@@ -83,7 +94,7 @@ class Residuals(Role):
                 "residuals (has_aux=True if it is (residuals, aux))."
             )
         for leaf in leaves:
-            _check_like("residuals function", leaf, structure)
+            check_like("residuals function", leaf, structure)
 
     def flat(self, out: Any, structure: Structure) -> Tensor:
         return torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(out)])
@@ -93,7 +104,7 @@ class Residuals(Role):
 
 
 @dataclass(frozen=True)
-class Equation(Role):
+class Equation(Summand):
     """As many numbers as there are unknowns: a residual that shall be zero, or a mapping that shall return them.
 
     Attributes:
@@ -119,7 +130,7 @@ class Equation(Role):
                 "many equations as unknowns are needed. For more equations than unknowns take least_squares."
             )
         for leaf in leaves:
-            _check_like(self.noun, leaf, structure)
+            check_like(self.noun, leaf, structure)
 
     def flat(self, out: Any, structure: Structure) -> Tensor:
         return structure.flatten(out, f"what the {self.noun} returned")
@@ -193,9 +204,9 @@ class UserFunction:
     def objective(self, found: Examined) -> ObjectiveTerm:
         """The objective as a term whose tensors are the params', then the captured ones."""
         slots = tuple(range(self.count + len(found.captured)))
-        flat = self._flat(self.fn, found)
+        whole = self.flat(found)
         if not isinstance(self.fn, Composite):
-            return ObjectiveTerm(flat, slots, uses_unknown=found.uses_unknown)
+            return ObjectiveTerm(whole, slots, uses_unknown=found.uses_unknown)
         model_of, loss_of = (substituted(part, found.captured, found.watch) for part in (self.fn.model, self.fn.loss))
 
         def model(x: Tensor, *values: Tensor) -> Any:
@@ -205,12 +216,12 @@ class UserFunction:
         def loss(z: Any, *values: Tensor) -> Tensor:
             return self._value(loss_of(values[self.count :], z, *join_tensors(values[: self.count], self.skeleton)))
 
-        return ObjectiveTerm(flat, slots, model, loss, found.uses_unknown)
+        return ObjectiveTerm(whole, slots, model, loss, found.uses_unknown)
 
     def sum_of_squares(self, found: Examined) -> ObjectiveTerm:
         """Half the sum of squares of residuals, with its Gauss-Newton split."""
         slots = tuple(range(self.count + len(found.captured)))
-        model = self._flat(self.fn, found)
+        model = self.flat(found)
 
         def loss(z: Tensor, *_: Tensor) -> Tensor:
             return z.square().sum() / 2
@@ -220,11 +231,12 @@ class UserFunction:
     def equation(self, found: Examined, *, fixed_point: bool) -> ResidualTerm:
         """F = residual, or x - mapping(x)."""
         slots = tuple(range(self.count + len(found.captured)))
-        fn = self._flat(self.fn, found)
+        fn = self.flat(found)
         return ResidualTerm((lambda x, *values: x - fn(x, *values)) if fixed_point else fn, slots)
 
-    def _flat(self, fn: Callable[..., Any], found: Examined) -> Callable[..., Tensor]:
-        value = substituted(fn, found.captured, found.watch)
+    def flat(self, found: Examined) -> Callable[..., Tensor]:
+        """The function of the flat unknown, then of the params' tensors, then of the captured ones."""
+        value = substituted(self.fn, found.captured, found.watch)
 
         def flat(x: Tensor, *values: Tensor) -> Tensor:
             params = join_tensors(values[: self.count], self.skeleton)
@@ -249,7 +261,8 @@ class UserFunction:
             )
 
 
-def _check_like(noun: str, out: Tensor, structure: Structure) -> None:
+def check_like(noun: str, out: Tensor, structure: Structure) -> None:
+    """Raise `MisuseError` unless `out` has the unknown's dtype and device."""
     if out.dtype != structure.dtype:
         raise MisuseError(
             f"the {noun} is {out.dtype} but x0 is {structure.dtype}: params or data of another dtype entered; convert "

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from implicitlayers.adjoints import Adjoint, Unrolled
+from implicitlayers.closure import bound_now
 from implicitlayers.flat import Structure, Tree, flatten_tensors
 from implicitlayers.functorch import carries_derivative, full_precision, graph_leaves, is_wrapped
 from implicitlayers.policy import apply_policy
-from implicitlayers.pose import Role, UserFunction
+from implicitlayers.pose import Summand, UserFunction
 from implicitlayers.problem import Kind, Posed
 from implicitlayers.regularizers import Regularizer
 from implicitlayers.solver import Solver
 from implicitlayers.status import AdjointReport, MisuseError, Policy, Solution, Stats, check_policy
+from implicitlayers.terms import Composite
 
 __all__ = ["Call"]
 
@@ -39,7 +41,7 @@ class Call:
     """
 
     fn: Callable[..., Any]
-    role: Role
+    role: Summand
     x0: Tree
     params: tuple[Any, ...]
     regularizer: Regularizer | None
@@ -81,15 +83,16 @@ class Call:
 
     def _solve(self, structure: Structure, start: Tensor) -> Solution:
         tensors, skeleton = flatten_tensors(self.params)
-        function = UserFunction(self.fn, self.role, structure, skeleton, len(tensors), self.has_aux)
+        fn = self.fn.bound_now() if isinstance(self.fn, Composite) else bound_now(self.fn)
+        function = UserFunction(fn, self.role, structure, skeleton, len(tensors), self.has_aux)
         found = function.examine(start, tensors, touches_all=self.regularizer is None, look=self.solver.looks)
         # The copies are views made by a torch operation, so that a surrounding solve's substitution reaches them too.
         inputs = [t.view_as(t) for t in (*tensors, *found.captured)]
-        posed = Posed((self.role.term(function, found),))
+        posed, watches = Posed((self.role.term(function, found),)), (found.watch,)
         if self.regularizer is not None:
             pieces = self.regularizer.pose(structure, start, len(inputs))
             posed = Posed((*posed.terms, *pieces.terms), pieces.nonsmooth)
-            inputs = inputs + pieces.tensors
+            inputs, watches = inputs + pieces.tensors, (*watches, *pieces.watches)
         self._check_kind(posed.kind)
         if not isinstance(self.adjoint, Unrolled):
             _check_start(start, inputs)
@@ -99,7 +102,8 @@ class Call:
         report = AdjointReport()
         outcome = self.adjoint.solve(posed, self.solver, start, inputs, report)
         what = f"The solve by {type(self.solver).__name__}"
-        found.watch.arm()
+        for watch in watches:
+            watch.arm()
         value = structure.unflatten(apply_policy(outcome, self.on_failure, what, looks=self.solver.looks))
         aux = self.fn(value, *self.params)[1] if self.has_aux else None
         return Solution(value, outcome.status, Stats(outcome.steps, outcome.residual, outcome.objective), aux, report)
@@ -109,8 +113,8 @@ class Call:
             return
         remedy = {
             Kind.MINIMUM: "LBFGS(), Newton() or GradientDescent()",
-            Kind.COMPOSITE: "a proximal solver, or a smooth regularizer",
-            Kind.ROOT: "a solver for equations; to minimize, take argmin or least_squares",
+            Kind.COMPOSITE: "ProximalGradient(), or a smooth regularizer",
+            Kind.ROOT: "Newton(), Broyden(), Anderson() or FixedPointIteration(); to minimize, take argmin",
         }[kind]
         raise MisuseError(
             f"{type(self.solver).__name__} is not made for {kind.value}, which this problem is; pass {remedy}."

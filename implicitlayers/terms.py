@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.func import grad
 
 from implicitlayers import tape
+from implicitlayers.closure import bound_now
 from implicitlayers.functorch import batched, is_wrapped, pullback, pushforward
-from implicitlayers.problem import Lanes, Nonsmooth, Potential, Term
+from implicitlayers.problem import Lanes, Nonsmooth, Potential, Term, select
 from implicitlayers.status import MisuseError
 
 __all__ = ["Composite", "ObjectiveTerm", "ProximalTerm", "ResidualTerm"]
@@ -37,6 +38,10 @@ class Composite:
     def __call__(self, x: Any, *params: Any) -> Any:
         """Evaluate the objective."""
         return self.loss(self.model(x, *params), *params)
+
+    def bound_now(self) -> Composite:
+        """The same with the parameters that its modules have now; see `closure.bound_now`."""
+        return Composite(bound_now(self.model), bound_now(self.loss))
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,26 @@ class ProximalTerm(Term):
     def transposed(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         w = pullback(lambda z: self._prox(z, params), [self._forward(x, params)], y)[0]
         return y - w + self._sum([t.transposed(w, x, *_pick(t, params)) for t in self.smooth])
+
+    def linearize(
+        self, x: Tensor, params: Sequence[Tensor], lanes: Lanes, *, transposed: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        if _recorded(x):
+            return super().linearize(x, params, lanes, transposed=transposed)
+        forward = batched(lambda z, *p: self._forward(z, p), lanes)
+        prox, given = batched(lambda z, *p: self._prox(z, p), lanes), [p.detach() for p in params]
+        build = tape.transposed_jacobian if transposed else tape.jacobian
+        P = build(lambda z: prox(z, *given), forward(x, *params))
+        parts = [t.linearize(x, *select(params, lanes, t.slots), transposed=transposed) for t in self.smooth]
+
+        def H(y: Tensor) -> Tensor:
+            return self._sum([part(y) for part in parts])
+
+        def transposed_product(y: Tensor) -> Tensor:
+            w = P(y)
+            return y - w + H(w)
+
+        return transposed_product if transposed else lambda y: y - P(y - H(y))
 
     def with_gauss_newton(self) -> ProximalTerm:
         return replace(self, smooth=tuple(term.with_gauss_newton() for term in self.smooth))

@@ -23,7 +23,8 @@ FLOORS = (
     {"closure"},
     {"problem"},
     {"loop", "certificate", "policy", "terms"},
-    {"regularizers", "pose"},
+    {"pose"},
+    {"regularizers"},
     {"linear", "solver"},
     {"implicit", "linearized"},
     {"solvers"},
@@ -39,6 +40,7 @@ FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in 
 # Inside these packages a family knows what is shared, and no other family; but for the one that chooses among them.
 SHARED = {
     "linear": {"krylov", "operator", "preconditioner", "solve"},
+    "regularizers": {"base", "groups"},
     "solvers": {"direction", "lanes", "line_search", "mapping"},
 }
 CHOOSES = {"linear.auto"}

@@ -12,7 +12,7 @@ from implicitlayers.linear.gmres import GMRES
 from implicitlayers.linear.minres import MINRES
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Precondition, Preconditioner
-from implicitlayers.linear.solve import LinearSolution, LinearSolver
+from implicitlayers.linear.solve import LinearSolution, LinearSolver, check_right_hand_side
 from implicitlayers.loop import check_tolerances
 
 __all__ = ["Auto"]
@@ -53,6 +53,7 @@ class Auto(LinearSolver):
         return self.rtol is not None
 
     def solve(self, operator: Operator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        check_right_hand_side(b)
         return self.choose(operator, b.shape[-1]).solve(operator, b, x0)
 
     def choose(self, operator: Operator, n: int) -> LinearSolver:

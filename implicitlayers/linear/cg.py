@@ -137,6 +137,9 @@ def _breakdown(state: _State, curvature: Tensor, pAp: Tensor, stretch: Tensor, d
     # The largest curvature seen so far says what is zero to rounding.
     scale = torch.fmax(state.curvature_max.abs(), curvature.abs())
     flat = (stretch <= 8 * eps * scale) | ((pAp <= 0) & (curvature.abs() <= 8 * eps * scale))
+    # A step along a positive curvature that is rounding would have the size of its reciprocal, and the recurrence would
+    # report its residual as zero.
+    flat = flat | (curvature.abs() <= eps * scale)
     found = torch.where(pAp <= 0, int(Status.INDEFINITE), torch.full_like(state.broken, RUNNING))
     found = torch.where(flat, int(Status.SINGULAR), found)
     found = torch.where(not_finite(pAp, stretch), int(Status.NON_FINITE), found)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitlayers.linear.krylov import Course, System, divide, normalized, report, root, scaled, verdict
+from implicitlayers.linear.krylov import Course, System, divide, hypot, normalized, report, scaled, verdict
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Precondition, Preconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
@@ -178,12 +178,13 @@ class _Arnoldi(Algorithm[tuple[System, Course], _Cycle]):
         left = torch.where(exhausted, torch.zeros_like(left), left)
         column = torch.cat([h, left.unsqueeze(-1), h.new_zeros(*h.shape[:-1], m - k - 1)], -1)
         c = (state.Q @ column.unsqueeze(-1)).squeeze(-1)
-        diagonal = root(c[..., k] ** 2 + c[..., k + 1] ** 2)
+        diagonal = hypot(c[..., k], c[..., k + 1])
         cs, sn = divide(c[..., k], diagonal), divide(c[..., k + 1], diagonal)
 
         finite = ~not_finite(diagonal, size)
         # The column depends on those before it: no combination of them lowers the residual any more.
-        flat = diagonal.detach() <= 16 * eps * torch.fmax(size, state.R.detach().abs().amax((-2, -1)) * (k > 0))
+        largest = torch.fmax(size, state.R[..., :k].detach().abs().amax((-2, -1))) if k else size
+        flat = diagonal.detach() <= 16 * eps * largest
         broken = torch.where(state.alive & flat, torch.full_like(course.broken, Status.SINGULAR), course.broken)
         broken = torch.where(state.alive & ~finite, torch.full_like(broken, Status.NON_FINITE), broken)
         moves = state.alive & finite & ~flat

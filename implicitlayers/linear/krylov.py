@@ -146,6 +146,14 @@ class Course(NamedTuple):
             found = torch.where(mask, torch.full_like(found, status), found)
         return torch.where(self.broken == RUNNING, found, self.broken)
 
+    def done(self, x: Tensor) -> Tensor:
+        """Lanes in which nothing is left to correct: a fixed number of steps carries them along unmoved."""
+        return self.residual <= torch.finfo(x.dtype).eps / 8
+
+    def rounding(self, x: Tensor) -> Tensor:
+        """Lanes whose residual may be rounding only, so that it says nothing about the matrix."""
+        return self.residual <= torch.fmax(self.attainable(x), torch.full_like(self.best, 8 * torch.finfo(x.dtype).eps))
+
     def attainable(self, x: Tensor) -> Tensor:
         """The norm of the residual that rounding leaves at x, as far as it is excusable."""
         eps = torch.finfo(x.dtype).eps
@@ -172,6 +180,7 @@ def report(system: System, x: Tensor, end: Finished, course: Course, *, verify: 
         there = usable & (status == Status.STALLED) & good
         status = torch.where(there, torch.full_like(status, Status.CONVERGED), status)
     if system.operator.minimizing:
+        # CG, MINRES and Dense see every indefinite A that matters; the other methods only as far as it shows here.
         uphill = (dot(system.b, x) <= 0) & (norm(system.b.detach()) > 0)
         # Negative curvature that is zero to rounding belongs to a singular matrix.
         curved = course.low < -8 * torch.finfo(x.dtype).eps * course.stretch
@@ -207,4 +216,7 @@ def root(square: Tensor) -> Tensor:
 
 def hypot(a: Tensor, b: Tensor) -> Tensor:
     """√(a² + b²); its derivative is 0 at 0."""
-    return root(a * a + b * b)
+    largest = torch.fmax(a.detach().abs(), b.detach().abs())
+    safe = torch.where(torch.isfinite(largest) & (largest > 0), largest, torch.ones_like(largest))
+    a, b = a / safe, b / safe
+    return root(a * a + b * b) * safe

@@ -126,13 +126,12 @@ class _MinimalResiduals(Algorithm[System, _State]):
         gamma = hypot(gbar, new_beta)
         # Of the residual before this step: rᵀAr / rᵀr is -cs·γ̄, and ‖A r‖ / ‖r‖ is made of γ̄ and the next δ̄.
         quotient, image = (-cs * gbar).detach(), hypot(gbar, cs * new_beta).detach()
-        # Nothing is left to correct: a fixed number of steps carries the lane along unmoved.
-        done = (beta == 0) | (course.residual <= eps / 8)
+        done = (beta == 0) | course.done(state.x)
         zero = 16 * eps * spread
         curved = (quotient < -zero) if problem.operator.minimizing else torch.zeros_like(done)
         broken = course.breaks(
             (~done & curved, Status.INDEFINITE),
-            (~done & (image <= zero), Status.SINGULAR),
+            (~done & ~course.rounding(state.x) & (image <= zero), Status.SINGULAR),
             (~done & _negative(square, y, new_z), Status.INDEFINITE),
             (~done & not_finite(alpha, square, course.residual), Status.NON_FINITE),
         )

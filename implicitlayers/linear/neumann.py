@@ -92,4 +92,6 @@ class _Richardson(Algorithm[System, _State]):
 
     def terminate(self, problem: System, state: _State) -> Tensor:
         course = state.course
-        return verdict(course.broken, course.idle, 20, course.residual, problem.tolerance)
+        # The residual of a matrix that is far from normal may rise for about n steps before it falls.
+        patience = min(state.x.shape[-1], 200) + 20
+        return verdict(course.broken, course.idle, patience, course.residual, problem.tolerance)

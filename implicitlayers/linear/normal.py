@@ -121,7 +121,7 @@ class _LeastSquaresGradients(Algorithm[System, _Gradients]):
         eps = torch.finfo(state.x.dtype).eps
         q = problem.operator(state.p)
         course = state.course.see(state.p, q)
-        done = course.residual <= eps / 8
+        done, rounding = course.done(state.x), course.rounding(state.x)
         stretch = norm(q.detach())
         length, unit = normalized(q)
         # The textbook's α‖p‖, which is ‖Aᵀr‖²/(‖A p‖²/‖p‖).
@@ -129,7 +129,7 @@ class _LeastSquaresGradients(Algorithm[System, _Gradients]):
         alpha = divide(ratio * state.pull, length * state.size)
         zero = 16 * eps * course.stretch
         broken = course.breaks(
-            (~done & ((state.pull.detach() <= zero * course.residual) | (stretch <= zero)), Status.SINGULAR),
+            (~rounding & ((state.pull.detach() <= zero * course.residual) | (stretch <= zero)), Status.SINGULAR),
             (~done & not_finite(alpha, stretch, state.pull), Status.NON_FINITE),
         )
         moves = (broken == RUNNING) & ~done
@@ -184,7 +184,7 @@ class _Bidiagonalization(Algorithm[System, _Bidiagonal]):
         s, eps = state, torch.finfo(state.x.dtype).eps
         Av = problem.operator(s.v)
         course = s.course.see(s.v, Av)
-        done = course.residual <= eps / 8
+        done, rounding = course.done(state.x), course.rounding(state.x)
         # h and A h of this step; `turn` is θ/ρ of the step before.
         h, Ah = s.v - s.turn.unsqueeze(-1) * s.h, Av - s.turn.unsqueeze(-1) * s.Ah
         beta, u = normalized(Av - s.alpha.unsqueeze(-1) * s.u)
@@ -202,7 +202,7 @@ class _Bidiagonalization(Algorithm[System, _Bidiagonal]):
         zero = 16 * eps * course.stretch
         pull, least = s.zetabar.detach().abs(), torch.fmin(rho, rhobar).detach()
         broken = course.breaks(
-            (~done & ((pull <= zero * course.residual) | (least <= zero)), Status.SINGULAR),
+            (~rounding & ((pull <= zero * course.residual) | (least <= zero)), Status.SINGULAR),
             (~done & not_finite(rho, rhobar, zeta), Status.NON_FINITE),
         )
         moves = (broken == RUNNING) & ~done

@@ -140,6 +140,9 @@ class Nystrom(Preconditioner):
         values = sigma.square()
         found = values > n * eps * values.amax(-1, keepdim=True)
         floor = torch.where(found, values, torch.full_like(values, torch.inf)).amin(-1, keepdim=True)
+        if self.shift > 0:
+            # A sketch that found the end of the spectrum has left nothing but μ behind.
+            floor = torch.where(found.all(-1, keepdim=True), floor, torch.zeros_like(floor))
         gain = torch.where(found, (floor + self.shift) / (values + self.shift), torch.ones_like(values))
         gain = torch.where(bad.unsqueeze(-1), torch.ones_like(gain), gain)
 

@@ -1,78 +1,19 @@
-"""What is added to an objective: smooth penalties with learnable strengths.
-
-A regularizer is given in the user's terms, trees and strengths, and becomes `Term`s of the optimality condition, whose
-derivatives are written down instead of being traced: λ(x - θ) costs one subtraction, not a graph.
-"""
+"""Quadratic penalties. Their derivatives are written down, not traced: λ(x - θ) costs one subtraction, not a graph."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicitlayers.flat import Structure, Tree
 from implicitlayers.loop import dot
-from implicitlayers.problem import Lanes, Nonsmooth, Potential, Term, aligned
-from implicitlayers.status import MisuseError
+from implicitlayers.problem import Lanes, Potential, aligned
+from implicitlayers.regularizers.base import Pieces, Regularizer, check_strength
 
-__all__ = ["Pieces", "Proximal", "Regularizer", "Ridge", "Sum"]
-
-
-class Pieces(NamedTuple):
-    """What a regularizer adds to a problem.
-
-    Attributes:
-        terms: its smooth terms.
-        nonsmooth: its part with kinks or constraints, if it has one.
-        tensors: what it depends on.
-    """
-
-    terms: list[Term]
-    nonsmooth: Nonsmooth | None
-    tensors: list[Tensor]
-
-
-class Regularizer(ABC):
-    """A penalty or a constraint on the unknown; regularizers add with ``+`` where at most one has kinks."""
-
-    @abstractmethod
-    def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
-        """What it adds for an unknown of this structure.
-
-        Args:
-            structure: of the unknown.
-            start: where the solve starts, ``[n]``.
-            first_slot: the slot of the first of its tensors; the others follow.
-        """
-
-    def __add__(self, other: Regularizer) -> Regularizer:
-        """The sum of both penalties."""
-        return Sum(self, other)
-
-
-class Sum(Regularizer):
-    """The sum of two regularizers."""
-
-    def __init__(self, first: Regularizer, second: Regularizer) -> None:
-        for part in (first, second):
-            if not isinstance(part, Regularizer):
-                raise MisuseError(f"{part!r} is no regularizer and cannot be added to one.")
-        self.first, self.second = first, second
-
-    def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
-        one = self.first.pose(structure, start, first_slot)
-        two = self.second.pose(structure, start, first_slot + len(one.tensors))
-        if one.nonsmooth is not None and two.nonsmooth is not None:
-            raise MisuseError(
-                f"{type(self.first).__name__} + {type(self.second).__name__}: both have kinks or constraints, and the "
-                "proximal map of their sum is not known from theirs; keep one, or write the map of the sum as a Prox."
-            )
-        nonsmooth = two.nonsmooth if one.nonsmooth is None else one.nonsmooth
-        return Pieces(one.terms + two.terms, nonsmooth, one.tensors + two.tensors)
+__all__ = ["Proximal", "QuadraticTerm", "Ridge"]
 
 
 class Proximal(Regularizer):
@@ -85,7 +26,7 @@ class Proximal(Regularizer):
     """
 
     def __init__(self, anchor: Tree, lam: Tree) -> None:
-        _check_strength("Proximal", lam)
+        check_strength("Proximal", lam)
         self.anchor, self.lam = anchor, lam
 
     def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
@@ -101,16 +42,11 @@ class Ridge(Regularizer):
     """
 
     def __init__(self, lam: Tree) -> None:
-        _check_strength("Ridge", lam)
+        check_strength("Ridge", lam)
         self.lam = lam
 
     def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
         return Pieces([QuadraticTerm((first_slot,))], None, [structure.broadcast(self.lam, "Ridge's lam")])
-
-
-def _check_strength(name: str, lam: Any) -> None:
-    if isinstance(lam, (int, float)) and not lam >= 0:
-        raise MisuseError(f"{name}(lam={lam}): a negative strength rewards distance; pass a number >= 0.")
 
 
 @dataclass(frozen=True)
