@@ -99,18 +99,22 @@ class BestSoFar(Solver[_Best]):
 
     @property
     def handles(self) -> frozenset[Kind]:  # type: ignore[override]
+        """The kinds of problem that the other solver is made for."""
         return self.solver.handles
 
     @property
     def rtol(self) -> float | None:  # type: ignore[override]
+        """The other solver's."""
         return self.solver.rtol
 
     @property
     def atol(self) -> float | None:  # type: ignore[override]
+        """The other solver's."""
         return self.solver.atol
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]
+        """The other solver's."""
         return self.solver.max_steps
 
     def start(self, x0: Tree) -> Tree:
