@@ -42,8 +42,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning", "Armijo",
     "Auto", "BiCGStab", "Composite", "Dense", "GradientDescent", "Implicit", "ImplicitArgmin", "ImplicitLayersError",
-    "InteriorPoint", "Jacobi", "Kind", "LBFGSPreconditioner", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError", "Neumann",
-    "Newton", "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "PrimalDual", "Proximal", "Regularizer", "Ridge",
-    "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "Unrolled", "argmin", "fixed_point",
-    "least_squares", "quadratic_program", "root",
+    "InteriorPoint", "Jacobi", "Kind", "LBFGSPreconditioner", "LineSearch", "LinearSolution", "LinearSolver",
+    "MisuseError", "Neumann", "Newton", "NormalCG", "Nystrom", "OneStep", "Operator", "Preconditioner", "PrimalDual",
+    "Proximal", "Regularizer", "Ridge", "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status",
+    "Unrolled", "argmin", "fixed_point", "least_squares", "quadratic_program", "root",
 ]  # fmt: skip
