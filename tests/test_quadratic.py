@@ -19,6 +19,7 @@ from tests.helpers.programs import (
     assert_optimal,
     layer,
     random_program,
+    times,
 )
 
 # --- values -----------------------------------------------------------------------------------------------------------
