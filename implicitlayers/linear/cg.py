@@ -7,8 +7,9 @@ Where this differs from the textbook and from SciPy's `cg`:
 - pᵀAp is watched. Where it is not positive the operator is not positive definite, the recurrence means nothing, and the
   lane stops at the iterate it has, with the status INDEFINITE (or SINGULAR where A p vanishes). In contrast to
   truncated Newton methods no step along the direction of negative curvature is taken.
-- The tolerance is never below what the floating-point type can reach, and a residual that has stopped falling ends the
-  lane with STALLED.
+- The tolerance is never below what the floating-point type can reach, and a lane that has stopped gaining ends with
+  STALLED. What CG lowers in every step is the energy xᵀAx/2 - bᵀx; the residual of an ill-conditioned system may rise
+  for hundreds of steps before it falls.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class _State(NamedTuple):
     residual: Tensor
     best: Tensor
     since_best: Tensor
+    energy: Tensor
     curvature_min: Tensor
     curvature_max: Tensor
     broken: Tensor
@@ -84,7 +86,8 @@ class _ConjugateGradients(Algorithm[System, _State]):
         z, rz, residual = _precondition(problem, r)
         nan = torch.full_like(residual, torch.nan)
         steady = torch.zeros_like(residual, dtype=torch.int64)
-        return _State(x, r, z, rz, residual, residual, steady, nan, nan, torch.full_like(steady, RUNNING))
+        none = torch.zeros_like(residual)
+        return _State(x, r, z, rz, residual, residual, steady, none, nan, nan, torch.full_like(steady, RUNNING))
 
     def step(self, problem: System, state: _State) -> _State:
         x, r, p, rz = state.x, state.r, state.p, state.rz
@@ -103,22 +106,27 @@ class _ConjugateGradients(Algorithm[System, _State]):
         z, rz_next, residual = _precondition(problem, r)
         beta = torch.where(moves, rz_next / torch.where(moves, rz, 1), 0).to(x.dtype).unsqueeze(-1)
         p = torch.where(moves.unsqueeze(-1), torch.addcmul(z, beta, p), p)
-        better = residual < 0.999 * state.best
+        # Twice what the step has lowered the energy by, and what all steps have.
+        gain = (alpha.squeeze(-1) * rz).detach()
+        energy = state.energy + gain
+        lower = residual < 0.999 * state.best
+        better = lower | (gain > torch.finfo(x.dtype).eps ** 0.75 * energy)
         seen = ~done & torch.isfinite(curvature)
         curvature = curvature.to(x.dtype)
         return _State(
             x, r, p,
             torch.where(moves, rz_next, rz),
             torch.where(broken == RUNNING, residual, state.residual),
-            torch.where(better, residual, state.best),
+            torch.where(lower, residual, state.best),
             torch.where(better, 0, state.since_best + 1),
+            energy.to(x.dtype),
             torch.where(seen, torch.fmin(state.curvature_min, curvature), state.curvature_min),
             torch.where(seen, torch.fmax(state.curvature_max, curvature), state.curvature_max),
             broken,
         )  # fmt: skip
 
     def terminate(self, problem: System, state: _State) -> Tensor:
-        # In exact arithmetic n steps are enough; a residual that has not fallen for as long is held up by rounding.
+        # In exact arithmetic n steps are enough; a lane that has gained nothing for as long is held up by rounding.
         patience = min(state.x.shape[-1], 200) + 20
         return verdict(state.broken, state.since_best, patience, state.residual, problem.tolerance)
 
