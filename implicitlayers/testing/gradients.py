@@ -40,8 +40,8 @@ def assert_gradients_match(
     quotient f'(x) d comes with its measured error, the floor. No comparison passes whose floor is above the tolerance:
     it is inconclusive. No comparison fails that a second difference quotient with other steps does not confirm.
 
-    Choose it over `torch.autograd.gradcheck` for layers that solve something: it finds its own steps, measures the noise
-    of the solve, and checks vmap, second derivatives and float32.
+    Choose it over `torch.autograd.gradcheck` for layers that solve something: it finds its own steps, measures the
+    noise of the solve, and checks vmap, second derivatives and float32.
 
     Args:
         layer: function of tensors and trees of them, or an `nn.Module`, whose parameters are then inputs as well.

@@ -1,4 +1,4 @@
-"""Difference quotients of what a layer returns, and of its contractions with a cotangent, in numbers to compare with."""
+"""Difference quotients of what a layer returns, and of its contractions with a cotangent, as numbers to compare."""
 
 from __future__ import annotations
 
