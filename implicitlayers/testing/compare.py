@@ -79,7 +79,8 @@ class Comparing:
         def moved(leaf: Vector) -> Vector:
             return function([*leaves[:i], *leaf, *leaves[i + 1 :]])
 
-        return functools.cache(lambda ratio: quotients(moved, [leaves[i]], [d.to(leaves[i])], weights, 1, ratio))
+        arrow = [d.to(leaves[i])]
+        return functools.cache(lambda ratio: quotients(moved, [leaves[i]], arrow, weights, 1, ratio, self.tol))
 
     @property
     def source(self) -> str:
@@ -149,7 +150,7 @@ class Comparing:
         return (self.v, self.reference.at(leaves)), (self.w, leaves)
 
     def lanes(self, order: int) -> Iterator[Comparison]:
-        """Values and derivatives of three lanes under vmap, against a loop over them."""
+        """Values and derivatives of two lanes under vmap, against a loop over them."""
         x, count = self.lane_points(), len(LANES)
         v = normal_like(stack([self.v] * count), generator(self.seed + 4))
         w, d = (normal_like(x, generator(self.seed + k)) for k in (5, 6))
@@ -168,7 +169,7 @@ class Comparing:
             return stack([filled(self.reference.reverse(row, cotangent), row) for row, cotangent in rows])
 
         def oracle(function: Callable[[Vector], Vector], weights: Vector) -> Oracle:
-            return lambda r: quotients(function, points, arrow, weights, count, r).part(slice(-count, None))
+            return lambda r: quotients(function, points, arrow, weights, count, r, self.tol).part(slice(-count, None))
 
         def values(_: float) -> Quotients:
             expected = flat(one_by_one(points)).cpu()
@@ -192,7 +193,7 @@ class Comparing:
             )  # fmt: skip
 
     def lane_points(self) -> Vector:
-        """Three points near x as lanes; three times x itself where the layer is not defined next to it."""
+        """Two points as lanes, x and one next to it; twice x itself where the layer is not defined next to it."""
         points = [[leaf * factor for leaf in self.x] for factor in LANES]
         try:
             with torch.no_grad():

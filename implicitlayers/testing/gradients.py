@@ -48,7 +48,7 @@ def assert_gradients_match(
         *inputs: where. If some floating tensors in them require a gradient, only those are tested; otherwise all are.
         order: 2 checks first and second derivatives; these against differences of the layer's first derivative.
         modes: "reverse" (the tape; twice for order 2), "forward" (dual numbers; over reverse and over forward for
-            order 2), "vmap" (values and gradients of three lanes against a loop over them).
+            order 2), "vmap" (values and gradients of two lanes against a loop over them).
         tol: relative tolerance; by default 1e-6 in float64 and 1e-3 in float32.
         reference: the same function by other means, for instance solved more tightly, of which differences are taken;
             by default the layer itself, in float64 where it allows that.

@@ -55,15 +55,15 @@ def contract(values: Sequence[Tensor | None], weights: Vector, lanes: int) -> Te
 
 
 def quotients(
-    function: Callable[[Vector], Vector], x: Vector, d: Vector, weights: Vector, lanes: int, ratio: float
+    function: Callable[[Vector], Vector], x: Vector, d: Vector, weights: Vector, lanes: int, ratio: float, tol: float
 ) -> Quotients:
-    """Differences of ``function`` at `x` along `d`, and of its contraction in each lane."""
+    """Differences of `function` at `x` along `d`, and of its contraction in each lane, a good deal finer than `tol`."""
 
     def both(leaves: Vector) -> Vector:
         values = function(leaves)
         return [*values, contract(values, weights, lanes)]
 
-    found, floor = finite_difference(both, x, d, ratio=ratio)
+    found, floor = finite_difference(both, x, d, ratio=ratio, enough=tol / 1000)
     values, rows = found[:-1], zip(found[:-1], weights, strict=True)
     scale = [torch.full_like(value, largest([value.nan_to_num()])) for value in values]
     summands = sum((value * w.double()).square().reshape(lanes, -1).sum(1).cpu() for value, w in rows)
