@@ -105,7 +105,7 @@ class _Line:
 
     def sizes(self, derivative: Tensor) -> Tensor:
         """For every entry, the largest one of the same tensor."""
-        return torch.cat([torch.full_like(p, largest([p.nan_to_num()])) for p in _split(derivative, self.shapes)])
+        return flat([torch.full_like(p, largest([p.nan_to_num()])) for p in _split(derivative, self.shapes)])
 
 
 def _noise(line: _Line) -> Tensor:

@@ -15,7 +15,7 @@ F64 = torch.float64
 
 def vector(*values: Any) -> Tensor:
     """A float64 tensor of these numbers or rows."""
-    return torch.tensor(list(values) if len(values) > 1 else values[0], dtype=F64)
+    return torch.tensor(values[0] if len(values) == 1 else values, dtype=F64)
 
 
 def eye(like: Tensor) -> Tensor:

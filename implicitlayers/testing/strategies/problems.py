@@ -243,7 +243,7 @@ def layers(
     """
     if problems is None:
         problems = strongly_convex_problems(dtype=dtype, device=device, max_size=max_size)
-    tight = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+    tight: dict[str, Any] = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
     if solvers is None:
         solvers = st.sampled_from([il.Newton(il.Dense(), **tight), il.LBFGS(**tight)])
     if adjoints is None:

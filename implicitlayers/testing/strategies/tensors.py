@@ -147,9 +147,11 @@ def spd_matrices(
     """
     size = draw(sizes("n", n, max_size))
     if not isinstance(condition, (int, float)):
-        condition = draw(expect_strategy("condition", condition, "st.floats(1, 100)"))
+        limit: float = draw(expect_strategy("condition", condition, "st.floats(1, 100)"))
+    else:
+        limit = condition
     exponents = draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))
-    eigenvalues = float(condition) ** (torch.tensor(exponents, dtype=torch.float64) / 8)
+    eigenvalues = limit ** (torch.tensor(exponents, dtype=torch.float64) / 8)
     Q = _reflection(draw, size)
     A = Q @ torch.diag(eigenvalues) @ Q.mT
     return ((A + A.mT) / 2).to(dtype=dtype, device=device)
