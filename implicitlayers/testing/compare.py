@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitlayers.testing.finite_difference import OUTSIDE
-from implicitlayers.testing.quotients import Oracle, Quotients, Vector, contract, filled, quotients, stack
+from implicitlayers.testing.quotients import NEGLIGIBLE, Oracle, Quotients, Vector, contract, filled, quotients, stack
 from implicitlayers.testing.report import Comparison, judge
 from implicitlayers.testing.subject import LANES, Subject
 from implicitlayers.testing.vectors import flat, generator, largest, normal_like
@@ -45,6 +45,9 @@ class Comparing:
 
     def run(self, modes: Sequence[Mode], order: int) -> tuple[Comparison, ...]:
         """Everything asked for. What fails alike for several leaves is said once."""
+        if "vmap" in modes:
+            # What is mapped is the gradient by the tape.
+            modes = (*modes, "reverse")
         found = [*self.firsts(modes)]
         if order == 2:
             found += self.seconds(modes)
@@ -67,6 +70,12 @@ class Comparing:
     @functools.cached_property
     def d(self) -> Vector:
         return normal_like(self.x, generator(self.seed + 3))
+
+    @functools.cached_property
+    def outputs(self) -> tuple[list[str], list[torch.Size]]:
+        """Names and shapes of the output's tensors."""
+        out = self.subject.outputs(self.x)
+        return [f" of J d, output{path}" for path in out.paths], [leaf.shape for leaf in out.leaves]
 
     def only(self, i: int, d: Tensor) -> Vector:
         """A direction in one leaf alone, so that it does not hide behind a larger one."""
@@ -110,7 +119,7 @@ class Comparing:
                     f"forward mode, derivative in {name}",
                     lambda i=i: flat(self.subject.forward(self.x, self.only(i, self.d[i]))).cpu(),
                     lambda r, o=oracle: o(r).part(slice(-1)),
-                    lambda k: self.output_entry(k),
+                    functools.partial(named, *self.outputs),
                 )
 
     def seconds(self, modes: Sequence[Mode]) -> Iterator[Comparison]:
@@ -150,47 +159,47 @@ class Comparing:
         return (self.v, self.reference.at(leaves)), (self.w, leaves)
 
     def lanes(self, order: int) -> Iterator[Comparison]:
-        """Values and derivatives of two lanes under vmap, against a loop over them."""
-        x, count = self.lane_points(), len(LANES)
+        """Values and gradients of two lanes under vmap, against a loop over them by routes compared elsewhere."""
+        subject, x, count = self.subject, self.lane_points(), len(LANES)
         v = normal_like(stack([self.v] * count), generator(self.seed + 4))
-        w, d = (normal_like(x, generator(self.seed + k)) for k in (5, 6))
-        points = [leaf.to(like) for leaf, like in zip(x, self.reference.leaves, strict=True)]
-        arrow = [t.to(leaf) for t, leaf in zip(d, points, strict=True)]
-        each = [t.to(o) for t, o in zip(v, self.reference.at(self.reference.leaves), strict=True)]
+        w = normal_like(x, generator(self.seed + 5))
 
-        def lane(k: int) -> str:
-            return f"lane {k} of {count}"
+        def row(vectors: Vector, k: int) -> Vector:
+            return [t[k] for t in vectors]
 
-        def one_by_one(leaves: Vector) -> Vector:
-            return stack([self.reference.at([leaf[k] for leaf in leaves]) for k in range(count)])
+        def gradient(k: int) -> Vector:
+            return filled(subject.reverse(row(x, k), row(v, k)), row(x, k))
 
-        def gradients(leaves: Vector) -> Vector:
-            rows = [([leaf[k] for leaf in leaves], [t[k] for t in each]) for k in range(count)]
-            return stack([filled(self.reference.reverse(row, cotangent), row) for row, cotangent in rows])
+        def second(k: int) -> Vector:
+            return filled(subject.reverse_twice(row(x, k), row(v, k), row(w, k)), row(x, k))
 
-        def oracle(function: Callable[[Vector], Vector], weights: Vector) -> Oracle:
-            return lambda r: quotients(function, points, arrow, weights, count, r, self.tol).part(slice(-count, None))
-
-        def values(_: float) -> Quotients:
-            expected = flat(one_by_one(points)).cpu()
-            scale = torch.full_like(expected, largest([expected.nan_to_num()]))
-            return Quotients(expected, torch.zeros_like(expected), scale, 0.0)
-
-        yield replace(
-            self.settle("vmap, values", lambda: flat(list(self.subject.vmapped()(*x))).cpu(), values, self.lane_entry),
-            oracle="a loop over the lanes",
-        )
-        yield self.settle(
-            "reverse mode through vmap",
-            lambda: contract(self.subject.vmapped_reverse(x, v), d, count),
-            oracle(one_by_one, v), lane,
-        )  # fmt: skip
+        outputs = [f"output{path}" for path in subject.outputs(self.x).paths]
+        together: dict[str, tuple[Callable[[], Sequence[Tensor]], Callable[[int], Vector], list[str]]] = {
+            "vmap, values": (lambda: subject.vmapped()(*x), lambda k: subject.at(row(x, k)), outputs),
+            "reverse mode through vmap": (lambda: filled(subject.vmapped_reverse(x, v), x), gradient, subject.names),
+        }
         if order == 2:
-            yield self.settle(
-                "reverse over reverse through vmap",
-                lambda: contract(self.subject.vmapped_reverse_twice(x, v, w), d, count),
-                oracle(gradients, w), lane, of="the first derivative",
-            )  # fmt: skip
+            twice = "reverse over reverse through vmap"
+            together[twice] = (lambda: filled(subject.vmapped_reverse_twice(x, v, w), x), second, subject.names)
+        for what, (vmapped, alone, names) in together.items():
+            yield self.against_loop(what, vmapped, alone, names)
+
+    def against_loop(
+        self, what: str, vmapped: Callable[[], Sequence[Tensor]], alone: Callable[[int], Vector], names: list[str]
+    ) -> Comparison:
+        """Compare tensors ``[lanes, ...]`` with those of each lane alone."""
+        with torch.no_grad():
+            expected = stack([alone(k) for k in range(len(LANES))])
+        sizes = [torch.full_like(lane, largest([lane.nan_to_num()])) for tensor in expected for lane in tensor]
+        shapes = [lane.shape for tensor in expected for lane in tensor]
+        where = [f" in lane {k} of {name}" for name in names for k in range(len(LANES))]
+        scale = flat(sizes).cpu()
+        scale = scale.clamp_min(NEGLIGIBLE * float(scale.max()))
+        truth = flat(expected).cpu()
+        oracle = Quotients(truth, torch.zeros_like(truth), scale, 0.0)
+        entry = functools.partial(named, where, shapes)
+        settled = self.settle(what, lambda: flat(list(vmapped())).cpu(), lambda _: oracle, entry)
+        return replace(settled, oracle="a loop over the lanes")
 
     def lane_points(self) -> Vector:
         """Two points as lanes, x and one next to it; twice x itself where the layer is not defined next to it."""
@@ -255,24 +264,14 @@ class Comparing:
                 worst = replace(worst, entry=entry, found=found, expected=expected, floor=floor, allowed=allowed)
         return worst
 
-    def output_entry(self, k: int) -> str:
-        """Name of the k-th number of the output."""
-        out = self.subject.outputs(self.x)
-        for path, leaf in zip(out.paths, out.leaves, strict=True):
-            if k < leaf.numel():
-                return f"output{path}{index(k, leaf.shape)} of J d"
-            k -= leaf.numel()
-        raise IndexError(k)
 
-    def lane_entry(self, k: int) -> str:
-        """Name of the k-th number of the outputs of all lanes."""
-        out = self.subject.outputs(self.x)
-        for path, leaf in zip(out.paths, out.leaves, strict=True):
-            if k < len(LANES) * leaf.numel():
-                lane, within = divmod(k, leaf.numel())
-                return f"output{path}{index(within, leaf.shape)} in lane {lane}"
-            k -= len(LANES) * leaf.numel()
-        raise IndexError(k)
+def named(names: Sequence[str], shapes: Sequence[torch.Size], k: int) -> str:
+    """Where the k-th number of some tensors is."""
+    for name, shape in zip(names, shapes, strict=True):
+        if k < shape.numel():
+            return f"entry {index(k, shape)}{name}"
+        k -= shape.numel()
+    raise IndexError(k)
 
 
 def index(k: int, shape: torch.Size) -> str:

@@ -15,7 +15,7 @@ from implicitlayers.testing.finite_difference import OUTSIDE
 from implicitlayers.testing.report import GradientMismatch, GradientReport, InconclusiveGradients
 from implicitlayers.testing.subject import Subject
 
-__all__ = ["MODES", "assert_gradients_match", "compare_gradients"]
+__all__ = ["MODES", "assert_gradients_match", "compare_gradients", "tolerance"]
 
 MODES: tuple[Mode, ...] = ("reverse", "forward", "vmap")
 
@@ -92,10 +92,14 @@ def compare_gradients(
         raise TypeError(f"order is {order!r}; pass 1, or 2 to check second derivatives as well.")
     subject = Subject.of(layer, inputs)
     out = subject.at(subject.leaves)
-    if tol is None:
-        tol = max(TOLERANCES[t.dtype] for t in (*subject.leaves, *out))
+    tol = tolerance(subject) if tol is None else tol
     oracle = _reference(subject, out) if reference is None else _given(reference, subject, inputs)
     return GradientReport(Comparing(subject, oracle, tol, seed).run(modes, order))
+
+
+def tolerance(subject: Subject) -> float:
+    """The default tolerance of the coarsest type that goes in or comes out."""
+    return max(TOLERANCES[t.dtype] for t in (*subject.leaves, *subject.at(subject.leaves)))
 
 
 def _doubled(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from implicitlayers.testing.finite_difference import finite_difference, reach
 from implicitlayers.testing.vectors import flat, largest
 
-__all__ = ["Oracle", "Quotients", "Vector", "contract", "filled", "quotients", "stack"]
+__all__ = ["NEGLIGIBLE", "Oracle", "Quotients", "Vector", "contract", "filled", "quotients", "stack"]
 
 NEGLIGIBLE = 1e-3
 """A derivative so much smaller than the natural one is held to the absolute tolerance that goes with this size: it is
@@ -73,7 +73,7 @@ def quotients(
     return Quotients(flat(found).cpu(), flat(floor).cpu(), sizes, natural)
 
 
-def filled(found: Sequence[Tensor | None], like: Vector) -> Vector:
+def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
     """Zeros where there is none."""
     return [torch.zeros_like(leaf) if t is None else t.detach() for t, leaf in zip(found, like, strict=True)]
 
