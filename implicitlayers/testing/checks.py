@@ -41,17 +41,20 @@ def run_property(
         GradientMismatch: with the report on the smallest example that disagrees, which Hypothesis names.
         InconclusiveGradients: most examples said nothing.
     """
+    __tracebackhide__ = True
     agreed, silent = [], []
 
     @settings(
         max_examples=max_examples or settings.default.max_examples,  # type: ignore[union-attr]
         deadline=None,
+        report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
         # Explaining which parts matter reruns the example, and a solve costs more than the explanation is worth.
         phases=[phase for phase in Phase if phase is not Phase.explain],
     )
     @given(strategy)
     def prop(example: Any) -> None:
+        __tracebackhide__ = True
         report = examine(example)
         if report.verdict == "disagree":
             raise GradientMismatch(report)
@@ -80,8 +83,8 @@ def check_layer(
 
     The properties: the gradient is linear in the cotangent, also for tiny ones; forward mode is the transpose of
     reverse mode; the second derivative is symmetric (order 2); vmap is a loop, in any order of the lanes; and, where
-    the layer has what they need, a batch is a loop (`batched`), the start does not matter (`starts`), and the error falls
-    with the tolerance (`at_tolerance`).
+    the layer has what they need, a batch is a loop (`batched`), the start does not matter (`starts`), and the error
+    falls with the tolerance (`at_tolerance`).
 
     Args:
         layer: function of tensors and trees of them, or a module.

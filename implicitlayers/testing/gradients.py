@@ -67,6 +67,7 @@ def assert_gradients_match(
         >>> report.verdict
         'agree'
     """
+    __tracebackhide__ = True  # pytest shows the caller's line.
     report = compare_gradients(layer, *inputs, order=order, modes=modes, tol=tol, reference=reference, seed=seed)
     if report.verdict == "disagree":
         raise GradientMismatch(report)
