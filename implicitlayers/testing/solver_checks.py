@@ -17,7 +17,7 @@ from implicitlayers.testing import strategies
 from implicitlayers.testing.checks import Checked, examine, run_property
 from implicitlayers.testing.compare import Mode
 from implicitlayers.testing.gradients import MODES, TOLERANCES
-from implicitlayers.testing.metamorphic import attempted, equal, error_falls
+from implicitlayers.testing.metamorphic import attempted, equal, error_falls, tiny_factor
 from implicitlayers.testing.quotients import contract
 from implicitlayers.testing.report import Comparison, GradientReport, combined
 from implicitlayers.testing.strategies import Problem
@@ -196,7 +196,7 @@ def _linear_claims(solver: il.LinearSolver, A: Tensor, rows: Tensor, tol: float)
     xc = solver.solve(operator, c).x
     summed = solver.solve(operator, 2 * b - 3 * c).x
     yield equal(f"{name}, solution for 2b - 3c", "2A⁻¹b - 3A⁻¹c", [summed], [2 * found.x - 3 * xc], tol, 5 * size)
-    epsilon = 2.0 ** -round(0.58 * -torch.log2(torch.tensor(torch.finfo(A.dtype).tiny, dtype=F64)).item())
+    epsilon = tiny_factor([b])
     tiny = solver.solve(operator, epsilon * b).x.double() / epsilon
     yield equal(f"{name}, solution for b of size {epsilon:.0e}", "that for b", [tiny], [found.x], tol, size)
     transposed = solver.solve(operator.T, c).x
