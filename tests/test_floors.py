@@ -28,8 +28,9 @@ FLOORS = (
     {"implicit", "solvers"},
     {"adjoints"},
     {"api"},
-    {"nn", "testing"},
+    {"nn"},
     {""},
+    {"testing"},
 )
 FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 

@@ -19,8 +19,10 @@ from implicitlayers.testing.vectors import Floating, flat, largest, resolution
 
 __all__ = ["OUTSIDE", "finite_difference", "reach"]
 
-LEVELS = 12
+LEVELS = 16
 SIDE = 5
+CLOSER = 3
+"""How often the difference table is tried nearer to x when it has left the domain."""
 NOISE_ORDERS = (4, 5, 6)
 # How many times the measured scatter an error is allowed to be; chosen on the study in tests/testing.
 NOISE_SAFETY = 4.0
@@ -40,7 +42,7 @@ def finite_difference(
     the truncation and of the noise that were measured is smallest. Steps that leave the domain of f (it raises, or
     returns NaN) are left out.
 
-    Use it as the oracle for a derivative that is to be tested. It costs some 25 evaluations, 35 at most.
+    Use it as the oracle for a derivative that is to be tested. It costs some 25 evaluations, 43 at most unless x is next to the edge of the domain.
 
     Args:
         f: function of one tree of tensors; returns a tensor or a tree.
@@ -114,8 +116,12 @@ def _noise(line: _Line) -> Tensor:
     The k-th differences of m values with independent noise σ have variance σ² (2k)!/(k!)², while those of a smooth
     function fall with the k-th power of the spacing.
     """
-    spacing = 2 * line.unit * line.eps**0.25
-    values = torch.stack([line(i * spacing) if i else line.center for i in range(-SIDE, SIDE + 1)])
+    spacing, values = 2 * line.unit * line.eps**0.25, line.center[None]
+    for _ in range(CLOSER):
+        values = torch.stack([line(i * spacing) if i else line.center for i in range(-SIDE, SIDE + 1)])
+        if bool(torch.isfinite(values).all()):
+            break
+        spacing /= 64
     estimates, differences = [], values
     for order in range(1, max(NOISE_ORDERS) + 1):
         differences = differences[1:] - differences[:-1]

@@ -14,7 +14,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 def function(forward: Callable[..., Any], backward: Callable[..., Any], jvp: Callable[..., Any] | None = None) -> Any:
-    """An autograd Function from ``forward(*inputs)``, ``backward(v, out, *inputs)`` and ``jvp(out, inputs, tangents)``."""
+    """An autograd Function of ``forward(*inputs)``, ``backward(v, out, *inputs)``, ``jvp(out, inputs, tangents)``."""
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output, *inputs)

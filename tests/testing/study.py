@@ -135,8 +135,3 @@ def study(count: int = 10_000, seed: int = 0) -> Iterator[Row]:
         for ratio in (2.0, 3.0, 4.0):
             found, estimate = ours(quantized(functions, level), t, ratio)
             yield summarize(f"Richardson, ratio {ratio:.0f}", f"digits {level:.0e}", found, estimate, truth)
-
-
-if __name__ == "__main__":
-    for row in study():
-        print(row)
