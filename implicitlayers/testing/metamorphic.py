@@ -197,7 +197,7 @@ def error_falls(
     at_tolerance: Callable[[float], Callable[[], Tensors]], tolerances: Sequence[float], truth: Tensors, tol: float
 ) -> Iterator[Comparison]:
     """A tighter tolerance is never much worse, and the tightest is right."""
-    size = largest(truth)
+    size = max(largest(truth), 1.0)
     floor = 1e3 * resolution(truth) * size
     previous = float("inf")
     for tolerance in tolerances:

@@ -105,7 +105,7 @@ def _solver_claims(solver: il.Solver[Any], problem: Problem, tol: float) -> Iter
     other = solve(problem.x0 + 0.5, *params).value
     yield equal(f"{name}, from another start", "the known answer", [other], [truth], tol, size)
     hasty = altered(solver, max_steps=1)
-    if hasty is not None and solver.looks:
+    if solver.looks and hasty is not None:
         early = solve(problem.x0, *params, by=hasty)
         honest = int(early.status) != il.Status.CONVERGED or right(early)
         yield claim(f"{name}, status after one step", honest, "CONVERGED, and it has not.")
@@ -114,7 +114,7 @@ def _solver_claims(solver: il.Solver[Any], problem: Problem, tol: float) -> Iter
         loose = dataclasses.replace(solver, rtol=max(tolerance, solver.rtol or 0.0))  # type: ignore[type-var]
         return lambda: [solve(problem.x0, *params, by=loose).value]
 
-    if altered(solver, rtol=1e-3) is not None and solver.looks:
+    if solver.looks and altered(solver, rtol=1e-3) is not None:
         yield from error_falls(at, (1e-1, 1e-3, 1e-5, 1e-7, 0.0), [truth], tol)
 
     def solved(*given: Any) -> Tensor:
