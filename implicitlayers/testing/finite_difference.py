@@ -42,8 +42,8 @@ def finite_difference(
     the truncation and of the noise that were measured is smallest. Steps that leave the domain of f (it raises, or
     returns NaN) are left out.
 
-    Use it as the oracle for a derivative that is to be tested. It costs some 25 evaluations, 43 at most unless x is next
-    to the edge of the domain.
+    Use it as the oracle for a derivative that is to be tested. It costs some 25 evaluations, 43 at most unless x is
+    next to the edge of the domain.
 
     Args:
         f: function of one tree of tensors; returns a tensor or a tree.

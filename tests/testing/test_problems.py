@@ -8,7 +8,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, find, given, settings
-from hypothesis.errors import NonInteractiveExampleWarning
 from torch.utils import _pytree as pytree
 
 import implicitlayers as il
@@ -162,7 +161,7 @@ def test_a_value_in_the_place_of_a_strategy_is_told(make, words):
         "strategies.tensors",
     ],
 )
-@pytest.mark.filterwarnings(f"ignore::{NonInteractiveExampleWarning.__module__}.NonInteractiveExampleWarning")
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
 def test_examples_of_the_docstrings_run(name):
     module = importlib.import_module(f"implicitlayers.testing.{name}")
     done = doctest.testmod(module, extraglobs={"torch": torch, "math": math, "il": il})
