@@ -32,8 +32,9 @@ FLOORS = (
     {"adjoints"},
     {"linear_equation", "solve"},
     {"api", "quadratic"},
-    {"nn", "testing"},
+    {"nn"},
     {""},
+    {"testing"},
 )
 FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 
