@@ -74,8 +74,8 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
         max_steps: limit on the steps, or their exact number with ``rtol=atol=None``.
     """
 
-    rtol: float | None = 1e-8
-    atol: float | None = 1e-8
+    rtol: float | None = 1e-9
+    atol: float | None = 1e-9
     max_steps: int = 60
 
     def __post_init__(self) -> None:
