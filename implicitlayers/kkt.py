@@ -93,7 +93,10 @@ class Program(NamedTuple):
         return torch.isfinite(sum(totals[1:], totals[0]))
 
     def with_zeros(self, where: Tensor) -> Program:
-        """Zero data in some lanes, so that nothing broken reaches LAPACK, which takes all lanes at once."""
+        """Every tensor on every lane, and zero in some.
+
+        So nothing broken reaches LAPACK, which takes all lanes at once.
+        """
         mask = where.unsqueeze(-1)
         clean = [torch.where(mask[..., None], torch.zeros_like(t), t) for t in (self.Q, self.A, self.G)]
         q, b, h = (torch.where(mask, torch.zeros_like(t), t) for t in (self.q, self.b, self.h))

@@ -118,6 +118,19 @@ def test_a_bound_far_away_is_no_bound(distance):
     assert_near(g, jacrev(ORACLE, argnums=1)(*PROGRAM).T @ weights)
 
 
+@pytest.mark.parametrize("distance", [1e12, 1e300])
+@pytest.mark.parametrize("curved", [True, False], ids=["quadratic", "linear"])
+def test_far_bounds_beside_others_in_many_lanes(curved, distance):
+    Q, q, A, b, G, h = random_program(160, 20, n=5, p=1, m=8)
+    box = torch.eye(5, dtype=F64).expand(20, 5, 5)
+    G, h = torch.cat([G, box, -box], -2), torch.cat([h, torch.full((20, 10), 5.0, dtype=F64)], -1)
+    Q = Q * curved
+    without = il.quadratic_program(Q, q, A, b, G[:, 2:], h[:, 2:]).value
+    far = h.clone()
+    far[:, :2] = distance
+    assert_near(il.quadratic_program(Q, q, A, b, G, far).value.x, without.x, 1e-9)
+
+
 def test_projections_onto_simplex_and_box():
     y = normal(8, 5, seed=50)
     eye, zero, one = torch.eye(5, dtype=F64), torch.zeros(5, dtype=F64), torch.ones(1, 5, dtype=F64)

@@ -74,8 +74,8 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
         max_steps: limit on the steps, or their exact number with ``rtol=atol=None``.
     """
 
-    rtol: float | None = 1e-8
-    atol: float | None = 1e-8
+    rtol: float | None = 1e-9
+    atol: float | None = 1e-9
     max_steps: int = 60
 
     def __post_init__(self) -> None:
@@ -118,7 +118,8 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
         moved = KKTPoint(z.x + length * dz.x, z.nu + length * dz.nu, _keep_positive(z.lam + length * dz.lam))
         new = self._at(problem, moved, _keep_positive(s + length * ds), state, state.sound)
         # Beyond rounding a step leads nowhere, or to NaN; a fixed number of steps must survive that.
-        return freeze((state.error > _EXACT) & torch.isfinite(new.error), new, state._replace(idle=state.idle + 1))
+        useful = (state.error > _EXACT) & (state.idle < _PATIENCE) & torch.isfinite(new.error)
+        return freeze(useful, new, state._replace(idle=state.idle + 1))
 
     def terminate(self, problem: Program, state: InteriorState) -> Tensor:
         def where(mask: Tensor, status: Status) -> Tensor:
