@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitlayers.adjoints import Adjoint, Implicit
-from implicitlayers.functorch import all_lanes, opaque_to_compile
+from implicitlayers.functorch import all_lanes, full_precision, opaque_to_compile
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.kkt import KKTPoint, KKTTerm, Program
 from implicitlayers.linear.dense import Dense
@@ -114,9 +114,10 @@ def quadratic_program(
         _check_symmetric(tensors[0])
     p, m = tensors[2].shape[-2], tensors[4].shape[-2]
     report = AdjointReport()
-    rule = AdjointRule(adjoint.linear_solver, adjoint.damping, False, adjoint.on_failure, report)
     start = torch.zeros(*sizes, tensors[1].shape[-1] + p + m, dtype=q.dtype, device=q.device)
-    outcome = Outcome(*ImplicitArgmin.apply(_Optimality(KKTTerm(p, m), solver, rule, lanes), start, *tensors))
+    condition = _Optimality(KKTTerm(p, m), solver, adjoint.rule(report), lanes)
+    with full_precision(start):
+        outcome = Outcome(*ImplicitArgmin.apply(condition, start, *tensors))
     z = apply_policy(outcome, on_failure, "The quadratic program", looks=solver.looks)
     stats = Stats(outcome.steps, outcome.residual, outcome.objective)
     return Solution(PrimalDual(*KKTPoint.split(z, p, m)), outcome.status, stats, adjoint=report)
