@@ -9,21 +9,30 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from implicitlayers.certificate import adjoint_error
+from implicitlayers.functorch import all_lanes
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import LBFGSPreconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
-from implicitlayers.problem import Condition, Lanes, Outcome, Posed, Term, aligned
+from implicitlayers.loop import norm
+from implicitlayers.problem import Bound, Condition, Lanes, Outcome, Posed, Term, aligned
 from implicitlayers.status import (
     AdjointError,
     AdjointReport,
     AdjointWarning,
     Policy,
+    Status,
     describe_failures,
     failed,
     warn_caller,
 )
 
-__all__ = ["AdjointRule", "Gathered", "Late", "LinearSystem", "RightHandSide", "WarmStart"]
+__all__ = ["AdjointRule", "Gathered", "Inexact", "Late", "LinearSystem", "RightHandSide", "WarmStart"]
+
+# Solves that only measure an error need one digit.
+_ONE_DIGIT = 0.1
+# Each tightens the tolerance by what the estimate says is missing, so that a second is rarely needed.
+_ROUNDS = 3
 
 
 class WarmStart:
@@ -65,6 +74,7 @@ class AdjointRule:
         report: filled by the first-order derivative.
         warm_start: where the first-order derivative starts from, if not from zero.
         gathered: filled by the forward solve.
+        gradient_tol: the relative error of the adjoint that is aimed at, if any.
     """
 
     linear_solver: LinearSolver
@@ -74,6 +84,7 @@ class AdjointRule:
     report: AdjointReport = field(compare=False)
     warm_start: WarmStart | None = field(default=None, compare=False)
     gathered: Gathered = field(default_factory=Gathered, compare=False)
+    gradient_tol: float | None = None
 
     def prepared(self) -> LinearSolver:
         """The linear solver, its preconditioner made from the forward solve's pairs where it asks for them."""
@@ -168,11 +179,16 @@ class LinearSystem(Condition):
         symmetric = all(term.symmetric for term in self.base)
         other = None if symmetric else Late(lambda: product(not self.transposes))
         operator = Operator(product(self.transposes), symmetric, self.minimizing, other)
-        warm = self.rule.warm_start if self.first_order else None
-        solution = self.rule.prepared().solve(operator, v, None if warm is None else warm.start(v))
-        if warm is not None:
-            warm.keep(solution.x, solution.status)
-        u = self._report(solution)
+        if not self.first_order:
+            solution = self.rule.prepared().solve(operator, v)
+        else:
+            solution, error = self._solve_certified(operator, v)
+            if self.rule.gradient_tol is not None:
+                everywhere = _over_lanes(tensors[1], [level[1] for level in self.lanes], x0.shape[:-1])
+                bound = Posed(self.base).bind(rest, tuple(level[2:] for level in self.lanes))
+                solution, error = self._account_for(Inexact.of(bound, everywhere, self.rule), solution, error)
+            self._report(solution, error)
+        u = self._apply_policy(solution)
         return Outcome(
             u, solution.status, solution.steps, solution.residual, torch.full_like(solution.residual, torch.nan)
         )
@@ -186,27 +202,107 @@ class LinearSystem(Condition):
     def with_lanes(self, lanes: Lanes) -> LinearSystem:
         return replace(self, lanes=lanes)
 
-    def _report(self, solution: LinearSolution) -> Tensor:
-        """Keep the report, apply the policy, and return the solution."""
+    def _solve_certified(self, operator: Operator, v: Tensor) -> tuple[LinearSolution, Tensor]:
+        """Solve, tightening the tolerance until half of `gradient_tol` is met if there is one; and the error."""
+        rule, solver, warm = self.rule, self.rule.prepared(), self.rule.warm_start
+        solution = solver.solve(operator, v, None if warm is None else warm.start(v))
+        error = _error(solution, v)
+        aim = (rule.gradient_tol or torch.inf) / 2
+        for _ in range(_ROUNDS if aim < torch.inf else 0):
+            open_ = all_lanes((error > aim) & (solution.status == Status.CONVERGED))
+            if not bool(open_.any()):
+                break
+            needed = (all_lanes(solution.residual * aim / error) / 2)[open_]
+            again = solver.with_tolerance(float(needed.min())).solve(operator, v, solution.x)
+            # A lane for which the new tolerance is out of reach keeps its status, and is judged by its error.
+            solution = again._replace(status=solution.status, steps=solution.steps + again.steps)
+            error = _error(solution, v)
+        if warm is not None:
+            warm.keep(solution.x, solution.status)
+        return solution, error
+
+    def _account_for(
+        self, inexact: Inexact, solution: LinearSolution, error: Tensor
+    ) -> tuple[LinearSolution, Tensor]:
+        """Add the error that an inexact x̂ makes; lanes that miss `gradient_tol` have stalled."""
+        inner = inexact.change_along(solution.x, transposed=self.transposes)
+        self.rule.report.inner_error, error = inner, error + inner
+        assert self.rule.gradient_tol is not None
+        misses = (error > self.rule.gradient_tol) & (solution.status == Status.CONVERGED)
+        status = torch.where(misses, torch.full_like(solution.status, Status.STALLED), solution.status)
+        return solution._replace(status=status), error
+
+    def _report(self, solution: LinearSolution, error: Tensor) -> None:
+        report = self.rule.report
+        report.steps, report.status, report.residual = solution.steps, solution.status, solution.residual
+        report.curvature = (solution.curvature_min, solution.curvature_max)
+        report.damping, report.error_estimate = self.rule.damping, error
+
+    def _apply_policy(self, solution: LinearSolution) -> Tensor:
         rule = self.rule
-        if self.first_order:
-            low = solution.curvature_min
-            bound = torch.where(low > 0, solution.residual / low, torch.full_like(low, torch.inf))
-            rule.report.steps, rule.report.status = solution.steps, solution.status
-            rule.report.residual, rule.report.curvature = solution.residual, (low, solution.curvature_max)
-            rule.report.damping, rule.report.error_estimate = rule.damping, bound
         if rule.on_failure == "nan":
             return torch.where(
                 failed(solution.status).unsqueeze(-1), torch.full_like(solution.x, torch.nan), solution.x
             )
         if rule.on_failure in ("raise", "warn") and rule.linear_solver.looks and bool(failed(solution.status).any()):
-            message = describe_failures(
-                "The linear solve of the derivative", solution.status, solution.steps, solution.residual
-            )
+            what = "The linear solve of the derivative"
+            if self.first_order and rule.gradient_tol is not None and rule.report.error_estimate is not None:
+                worst = float(rule.report.error_estimate.max())
+                what = f"{what} to gradient_tol={rule.gradient_tol:.3g} (estimated relative error {worst:.3g})"
+            message = describe_failures(what, solution.status, solution.steps, solution.residual)
             if rule.on_failure == "raise":
                 raise AdjointError(message)
             warn_caller(AdjointWarning(message))
         return solution.x
+
+
+@dataclass(frozen=True)
+class Inexact:
+    """What an inexact solution does to an adjoint, measured along its Newton step.
+
+    F(x̂) = 0 does not hold to the last digit. To first order x* = x̂ + d with A d = -F(x̂), and u = A(x̂)⁻ᵀv becomes
+    u - A⁻ᵀ(A(x̂ + d) - A(x̂))ᵀu. Two loose solves and two linearizations tell how long that change is, without third
+    derivatives (affine covariant, as in Deuflhard 2011, section 2.1).
+
+    Attributes:
+        bound: the condition, with its tensors.
+        x: x̂, ``[*lanes, n]``.
+        step: d.
+        rule: its linear solver and damping are used.
+    """
+
+    bound: Bound
+    x: Tensor
+    step: Tensor
+    rule: AdjointRule
+
+    @classmethod
+    def of(cls, bound: Bound, x: Tensor, rule: AdjointRule) -> Inexact:
+        """Measure the Newton step at x."""
+        unmoved = cls(bound, x, torch.zeros_like(x), rule)
+        return replace(unmoved, step=-unmoved._inverse(bound.residual(x).detach(), transposed=False))
+
+    def change_along(self, u: Tensor, *, transposed: bool) -> Tensor:
+        """‖A⁻¹(A(x̂ + d) - A(x̂))u‖/‖u‖ ``[*lanes]``, with Aᵀ for A where `transposed`; 0 where u is."""
+        moved, here = (self.bound.linearize(at, transposed=transposed)(u) for at in (self.x + self.step, self.x))
+        length = norm(u)
+        change = norm(self._inverse(moved - here, transposed=transposed)) / length
+        change = torch.where(torch.isfinite(change), change, torch.full_like(change, torch.inf))
+        return torch.where(length > 0, change, torch.zeros_like(change))
+
+    def _inverse(self, b: Tensor, *, transposed: bool) -> Tensor:
+        damping, symmetric = self.rule.damping, all(term.symmetric for term in self.bound.posed.terms)
+        other = Late(lambda: self.bound.linearize(self.x, damping, transposed=not transposed))
+        product = self.bound.linearize(self.x, damping, transposed=transposed)
+        operator = Operator(product, symmetric, apply_transpose=None if symmetric else other)
+        return self.rule.prepared().with_tolerance(_ONE_DIGIT).solve(operator, b).x
+
+
+def _error(solution: LinearSolution, v: Tensor) -> Tensor:
+    """Estimate of ‖û - u‖/‖û‖ as far as the linear solve is concerned."""
+    error = adjoint_error(solution.residual, norm(solution.x) / norm(v), solution.smallest, solution.curvature_max)
+    broke = failed(solution.status) & (solution.status != Status.MAX_STEPS) & (solution.status != Status.STALLED)
+    return torch.where(broke, torch.full_like(error, torch.inf), error)
 
 
 class Late:

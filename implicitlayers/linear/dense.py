@@ -101,7 +101,7 @@ def _smallest(inverse: _Inverse, x: Tensor) -> Tensor:
     y = torch.where((x != 0).any(-1, keepdim=True), x, torch.ones_like(x))
     growth = norm(y)
     for transposed in (True, False):
-        y = inverse(y / growth.unsqueeze(-1), transposed)
+        y = inverse(y / growth.unsqueeze(-1), transposed).detach()
         growth = norm(y)
     return 1 / growth
 
