@@ -55,7 +55,7 @@ class Implicit(Adjoint):
             gradient where ∂F/∂θ is a multiple of an isometry (see `AdjointReport`). Solver and linear solver first
             reach their own tolerances, then go on until each of their shares, as estimated, is below ε/2: the relative
             error of x and what it does to A for the former, the residual of A u = v for the latter. A lane that cannot
-            get there is STALLED. Costs two loose linear solves a measurement, at least once forward and once backward.
+            get there is STALLED. Costs two more linear solves a measurement, at least once forward and once backward.
             ``math.inf`` measures, for ``adjoint.inner_error``, and enforces nothing. None does neither.
     """
 
@@ -102,9 +102,9 @@ class Implicit(Adjoint):
         for what in (solver, self.linear_solver):
             if not what.looks:
                 raise MisuseError(
-                    f"gradient_tol={self.gradient_tol:g} with a {type(what).__name__} that runs a fixed number of steps: "
-                    "it cannot go on until a tolerance is met; give it an rtol, or pass gradient_tol=math.inf to have "
-                    "the error measured only."
+                    f"gradient_tol={self.gradient_tol:g} with a {type(what).__name__} that runs a fixed number of "
+                    "steps: it cannot go on until a tolerance is met; give it an rtol, or pass gradient_tol=math.inf "
+                    "to have the error measured only."
                 )
 
     def rule(self, report: AdjointReport) -> AdjointRule:

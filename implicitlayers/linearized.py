@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from implicitlayers.certificate import adjoint_error
-from implicitlayers.functorch import all_lanes
-from implicitlayers.linear.operator import Operator
+from implicitlayers.inexact import Inexact, solve_to_error
+from implicitlayers.linear.operator import Late, Operator
 from implicitlayers.linear.preconditioner import LBFGSPreconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
-from implicitlayers.loop import norm
 from implicitlayers.problem import Bound, Condition, Lanes, Outcome, Posed, Term, aligned
 from implicitlayers.status import (
     AdjointError,
@@ -27,12 +25,7 @@ from implicitlayers.status import (
     warn_caller,
 )
 
-__all__ = ["AdjointRule", "Gathered", "Inexact", "Late", "LinearSystem", "RightHandSide", "WarmStart"]
-
-# Solves that only measure an error need one digit.
-_ONE_DIGIT = 0.1
-# Each tightens the tolerance by what the estimate says is missing, so that a second is rarely needed.
-_ROUNDS = 3
+__all__ = ["AdjointRule", "Gathered", "LinearSystem", "RightHandSide", "WarmStart"]
 
 
 class WarmStart:
@@ -93,6 +86,10 @@ class AdjointRule:
             return self.linear_solver
         with_pairs = preconditioner.with_pairs(self.gathered.pairs)
         return replace(self.linear_solver, preconditioner=with_pairs)  # type: ignore[type-var]
+
+    def inexact(self, bound: Bound, x: Tensor) -> Inexact:
+        """What is wrong with x as the solution of a condition."""
+        return Inexact.of(bound, x, self.prepared(), self.damping)
 
 
 @dataclass(frozen=True)
@@ -182,11 +179,15 @@ class LinearSystem(Condition):
         if not self.first_order:
             solution = self.rule.prepared().solve(operator, v)
         else:
-            solution, error = self._solve_certified(operator, v)
+            warm, aim = self.rule.warm_start, (self.rule.gradient_tol or torch.inf) / 2
+            start = None if warm is None else warm.start(v)
+            solution, error = solve_to_error(self.rule.prepared(), operator, v, start, aim)
+            if warm is not None:
+                warm.keep(solution.x, solution.status)
             if self.rule.gradient_tol is not None:
                 everywhere = _over_lanes(tensors[1], [level[1] for level in self.lanes], x0.shape[:-1])
                 bound = Posed(self.base).bind(rest, tuple(level[2:] for level in self.lanes))
-                solution, error = self._account_for(Inexact.of(bound, everywhere, self.rule), solution, error)
+                solution, error = self._account_for(self.rule.inexact(bound, everywhere), solution, error)
             self._report(solution, error)
         u = self._apply_policy(solution)
         return Outcome(
@@ -202,28 +203,7 @@ class LinearSystem(Condition):
     def with_lanes(self, lanes: Lanes) -> LinearSystem:
         return replace(self, lanes=lanes)
 
-    def _solve_certified(self, operator: Operator, v: Tensor) -> tuple[LinearSolution, Tensor]:
-        """Solve, tightening the tolerance until half of `gradient_tol` is met if there is one; and the error."""
-        rule, solver, warm = self.rule, self.rule.prepared(), self.rule.warm_start
-        solution = solver.solve(operator, v, None if warm is None else warm.start(v))
-        error = _error(solution, v)
-        aim = (rule.gradient_tol or torch.inf) / 2
-        for _ in range(_ROUNDS if aim < torch.inf else 0):
-            open_ = all_lanes((error > aim) & (solution.status == Status.CONVERGED))
-            if not bool(open_.any()):
-                break
-            needed = (all_lanes(solution.residual * aim / error) / 2)[open_]
-            again = solver.with_tolerance(float(needed.min())).solve(operator, v, solution.x)
-            # A lane for which the new tolerance is out of reach keeps its status, and is judged by its error.
-            solution = again._replace(status=solution.status, steps=solution.steps + again.steps)
-            error = _error(solution, v)
-        if warm is not None:
-            warm.keep(solution.x, solution.status)
-        return solution, error
-
-    def _account_for(
-        self, inexact: Inexact, solution: LinearSolution, error: Tensor
-    ) -> tuple[LinearSolution, Tensor]:
+    def _account_for(self, inexact: Inexact, solution: LinearSolution, error: Tensor) -> tuple[LinearSolution, Tensor]:
         """Add the error that an inexact x̂ makes; lanes that miss `gradient_tol` have stalled."""
         inner = inexact.change_along(solution.x, transposed=self.transposes)
         self.rule.report.inner_error, error = inner, error + inner
@@ -254,68 +234,6 @@ class LinearSystem(Condition):
                 raise AdjointError(message)
             warn_caller(AdjointWarning(message))
         return solution.x
-
-
-@dataclass(frozen=True)
-class Inexact:
-    """What an inexact solution does to an adjoint, measured along its Newton step.
-
-    F(x̂) = 0 does not hold to the last digit. To first order x* = x̂ + d with A d = -F(x̂), and u = A(x̂)⁻ᵀv becomes
-    u - A⁻ᵀ(A(x̂ + d) - A(x̂))ᵀu. Two loose solves and two linearizations tell how long that change is, without third
-    derivatives (affine covariant, as in Deuflhard 2011, section 2.1).
-
-    Attributes:
-        bound: the condition, with its tensors.
-        x: x̂, ``[*lanes, n]``.
-        step: d.
-        rule: its linear solver and damping are used.
-    """
-
-    bound: Bound
-    x: Tensor
-    step: Tensor
-    rule: AdjointRule
-
-    @classmethod
-    def of(cls, bound: Bound, x: Tensor, rule: AdjointRule) -> Inexact:
-        """Measure the Newton step at x."""
-        unmoved = cls(bound, x, torch.zeros_like(x), rule)
-        return replace(unmoved, step=-unmoved._inverse(bound.residual(x).detach(), transposed=False))
-
-    def change_along(self, u: Tensor, *, transposed: bool) -> Tensor:
-        """‖A⁻¹(A(x̂ + d) - A(x̂))u‖/‖u‖ ``[*lanes]``, with Aᵀ for A where `transposed`; 0 where u is."""
-        moved, here = (self.bound.linearize(at, transposed=transposed)(u) for at in (self.x + self.step, self.x))
-        length = norm(u)
-        change = norm(self._inverse(moved - here, transposed=transposed)) / length
-        change = torch.where(torch.isfinite(change), change, torch.full_like(change, torch.inf))
-        return torch.where(length > 0, change, torch.zeros_like(change))
-
-    def _inverse(self, b: Tensor, *, transposed: bool) -> Tensor:
-        damping, symmetric = self.rule.damping, all(term.symmetric for term in self.bound.posed.terms)
-        other = Late(lambda: self.bound.linearize(self.x, damping, transposed=not transposed))
-        product = self.bound.linearize(self.x, damping, transposed=transposed)
-        operator = Operator(product, symmetric, apply_transpose=None if symmetric else other)
-        return self.rule.prepared().with_tolerance(_ONE_DIGIT).solve(operator, b).x
-
-
-def _error(solution: LinearSolution, v: Tensor) -> Tensor:
-    """Estimate of ‖û - u‖/‖û‖ as far as the linear solve is concerned."""
-    error = adjoint_error(solution.residual, norm(solution.x) / norm(v), solution.smallest, solution.curvature_max)
-    broke = failed(solution.status) & (solution.status != Status.MAX_STEPS) & (solution.status != Status.STALLED)
-    return torch.where(broke, torch.full_like(error, torch.inf), error)
-
-
-class Late:
-    """A product that is linearized when it is first asked for, since most linear solvers never do."""
-
-    def __init__(self, make: Callable[[], Callable[[Tensor], Tensor]]) -> None:
-        self._make = make
-        self._made: Callable[[Tensor], Tensor] | None = None
-
-    def __call__(self, y: Tensor) -> Tensor:
-        if self._made is None:
-            self._made = self._make()
-        return self._made(y)
 
 
 def _over_lanes(t: Tensor, has: Sequence[int | None], sizes: Sequence[int]) -> Tensor:

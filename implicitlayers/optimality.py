@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitlayers.functorch import all_lanes
-from implicitlayers.linearized import AdjointRule, Inexact, LinearSystem
+from implicitlayers.linearized import AdjointRule, LinearSystem
 from implicitlayers.loop import Finished, iterate, norm
 from implicitlayers.problem import Bound, Condition, Lanes, Outcome, Posed, Term
 from implicitlayers.solver import Solver
@@ -93,9 +93,9 @@ class Optimality(Condition):
     def _inner_error(self, x: Tensor, x0: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """The relative error of x, or what it does to the adjoint of F(x) itself, whichever is larger."""
         bound = Posed(self._curved).bind(tensors, self.lanes)
-        inexact = Inexact.of(bound, x, self.rule)
+        inexact = self.rule.inexact(bound, x)
         size = torch.fmax(norm(x), norm(x - x0))
-        moved = norm(inexact.step) / torch.where(size > 0, size, torch.ones_like(size))
+        moved = inexact.length / torch.where(size > 0, size, torch.ones_like(size))
         error = torch.fmax(moved, inexact.change_along(inexact.step, transposed=False))
         return torch.where(torch.isfinite(moved), error, torch.full_like(error, torch.inf))
 
