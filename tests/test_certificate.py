@@ -9,6 +9,7 @@ from torch.func import jacrev, jvp, vmap
 
 import implicitlayers as il
 from implicitlayers.certificate import Lanczos, adjoint_error
+from implicitlayers.inexact import solve_to_error
 from tests.helpers.problems import F64, normal, product, quadratic, spd
 
 N = 8
@@ -154,11 +155,14 @@ def test_nothing_to_do_and_nothing_known():
     solution = layer(conditioned(N, 1), b, il.Implicit(il.CG()))
     torch.autograd.grad(solution.value, b, torch.zeros(N, dtype=F64))
     assert solution.adjoint.error_estimate.item() == 0
-    saddle = torch.diag(torch.tensor([1.0, -1.0], dtype=F64))
+    # CG takes a step before it meets the negative direction.
+    saddle = torch.diag(torch.tensor([1.0, -0.1], dtype=F64))
     b = torch.ones(2, dtype=F64, requires_grad=True)
     given = il.Given(torch.zeros(2, dtype=F64), rtol=None, atol=None)
     solution = layer(saddle, b, il.Implicit(il.CG(), on_failure="ignore"), given)
-    torch.autograd.grad(solution.value, b, torch.ones(2, dtype=F64))
+    (g,) = torch.autograd.grad(solution.value, b, torch.tensor([1.0, 0.5], dtype=F64))
+    assert g.norm() > 0
+    assert solution.adjoint.status.item() == il.Status.INDEFINITE
     assert solution.adjoint.error_estimate.item() == torch.inf
 
 
@@ -202,6 +206,28 @@ def test_a_constant_curvature_knows_no_inner_error():
         1e-1, il.Implicit(il.Dense(), gradient_tol=math.inf), lambda x, b: quadratic(x, A, b), torch.linalg.solve(A, B)
     )
     assert solution.adjoint.inner_error.item() < 1e-13
+
+
+def test_before_a_derivative_the_error_is_that_of_the_solution_or_of_its_own_adjoint():
+    b, error = torch.full((N,), 1.1, dtype=F64), 1e-5 * normal(N, seed=8)
+    adjoint = il.Implicit(il.Dense(), gradient_tol=math.inf)
+
+    def inner(objective, exact):
+        x = exact + error
+        given = il.Given(x, rtol=None, atol=None)
+        return il.argmin(objective, x, b, solver=given, adjoint=adjoint).adjoint.inner_error.item()
+
+    A = spd(N)
+    exact = torch.linalg.solve(A, b)
+    assert inner(lambda x, b: quadratic(x, A, b), exact) == pytest.approx(
+        (error.norm() / exact.norm()).item(), rel=1e-3
+    )
+    # The curvature here is 30 b, and its relative change 30 times that of x.
+    steep = 1 + b.log() / 30
+    expected = 1.25 * 30 * (error * error).norm() / error.norm()
+    assert inner(lambda x, b: (30 * (x - 1)).exp().sum() / 30 - b @ x, steep) == pytest.approx(
+        expected.item(), rel=1e-2
+    )
 
 
 def test_the_transposed_system_of_an_equation():
@@ -270,6 +296,26 @@ def test_solver_and_linear_solver_go_on_until_the_gradient_is_good(solver, gradi
     assert solution.stats.steps > loose.stats.steps
 
 
+def test_every_step_is_counted():
+    b, start = B.clone().requires_grad_(), torch.zeros(N, dtype=F64)
+    solver = il.Newton(rtol=1e-4)
+    once = il.argmin(exponential, start, b, solver=solver).stats.steps
+    tightened = il.argmin(exponential, start, b, solver=solver, gradient_tol=1e-9).stats.steps
+    assert 4 <= once < tightened <= once + 3  # from 1e-4 on Newton's method needs two or three steps
+    calls = []
+    A = conditioned(30, 2)
+
+    def apply(y):
+        calls.append(1)
+        return A @ y
+
+    operator = il.Operator(apply, symmetric=True)
+    solution, error = solve_to_error(il.CG(rtol=0.1), operator, normal(30), None, 1e-6)
+    restarts = 3
+    assert error.item() <= 1e-6
+    assert len(calls) - restarts <= solution.steps.item() < len(calls)
+
+
 def test_lanes_and_other_problems():
     t = torch.tensor([0.5, 1.0, 2.0], dtype=F64, requires_grad=True)
     options = {"gradient_tol": 1e-6}
@@ -286,6 +332,14 @@ def test_lanes_and_other_problems():
             lambda x, t: x.exp() - t, start, t, solver=il.LevenbergMarquardt(rtol=1e-1), **options
         ).value
 
+    theta = t[0].detach().requires_grad_()
+    for solution in (
+        il.root(lambda x, t: t * x**3 - x - 2, start, theta, **options),
+        il.fixed_point(lambda x, t: x.cos() + t, start, theta, **options),
+        il.least_squares(lambda x, t: x.exp() - t, start, theta, **options),
+    ):
+        torch.autograd.grad(solution.value, theta)
+        assert solution.adjoint.inner_error <= solution.adjoint.error_estimate <= 1e-6
     # The adjoint u = 1/F′ is what is certified, here with ∂F/∂t that depends on x for the cubic alone.
     for f, derivative in (
         (cubic, lambda x, t: -(x**3) / (3 * t * x**2 - 1)),
