@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -46,6 +47,10 @@ class Solver(Algorithm[Bound, S]):
     def start(self, x0: Tree) -> Tree:
         """Where the loop begins: `x0`, or a tree like it that the solver brings along."""
         return x0
+
+    def with_tolerance(self, atol: float) -> Solver[S]:
+        """The same method, stopping at ‖F(x)‖ ≤ atol."""
+        return replace(self, rtol=0.0, atol=atol)  # type: ignore[type-var]
 
     def count(self, state: S, steps: Tensor) -> Tensor:
         """The steps to report, int64 ``[*lanes]``: those of the loop, or the solver's own where it loops inside."""

@@ -20,6 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from implicitlayers.certificate import Lanczos
 from implicitlayers.linear.krylov import System, scaled, verdict
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Precondition, Preconditioner
@@ -42,6 +43,7 @@ class _State(NamedTuple):
     curvature_min: Tensor
     curvature_max: Tensor
     broken: Tensor
+    lanczos: Lanczos
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,11 @@ class CG(LinearSolver):
         system = scaled(operator, b, x0, self.rtol, self.atol, self.preconditioner)
         end = iterate(_ConjugateGradients(), system, system.start, self.max_steps, look=self.looks)
         s: _State = end.state
-        return LinearSolution(s.x * system.scale, end.status, end.steps, s.residual, s.curvature_min, s.curvature_max)
+        # With a preconditioner the Lanczos matrix is that of another operator.
+        smallest = s.lanczos.smallest()
+        smallest = smallest if self.preconditioner is None else torch.full_like(smallest, torch.nan)
+        x = s.x * system.scale
+        return LinearSolution(x, end.status, end.steps, s.residual, s.curvature_min, s.curvature_max, smallest)
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,8 @@ class _ConjugateGradients(Algorithm[System, _State]):
         z, rz, residual = _precondition(problem, r)
         nan = torch.full_like(residual, torch.nan)
         steady = torch.zeros_like(residual, dtype=torch.int64)
-        none = torch.zeros_like(residual)
-        return _State(x, r, z, rz, residual, residual, steady, none, nan, nan, torch.full_like(steady, RUNNING))
+        none, broken = torch.zeros_like(residual), torch.full_like(steady, RUNNING)
+        return _State(x, r, z, rz, residual, residual, steady, none, nan, nan, broken, Lanczos.begin(residual))
 
     def step(self, problem: System, state: _State) -> _State:
         x, r, p, rz = state.x, state.r, state.p, state.rz
@@ -99,13 +105,14 @@ class _ConjugateGradients(Algorithm[System, _State]):
         curvature = pAp / torch.where(pp <= 0, 1, pp)
         broken = _breakdown(state, curvature, pAp, (ApAp / torch.where(pp <= 0, 1, pp)).sqrt(), done)
         moves = (broken == RUNNING) & ~done
-        alpha = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype).unsqueeze(-1)
+        length = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype)
+        alpha = length.unsqueeze(-1)
         # In a broken lane alpha is zero and p finite, so x stays; r may become NaN there, and is of no further use.
         x = torch.addcmul(x, alpha, p)
         r = torch.addcmul(r, alpha, Ap, value=-1)
         z, rz_next, residual = _precondition(problem, r)
-        beta = torch.where(moves, rz_next / torch.where(moves, rz, 1), 0).to(x.dtype).unsqueeze(-1)
-        p = torch.where(moves.unsqueeze(-1), torch.addcmul(z, beta, p), p)
+        beta = torch.where(moves, rz_next / torch.where(moves, rz, 1), 0).to(x.dtype)
+        p = torch.where(moves.unsqueeze(-1), torch.addcmul(z, beta.unsqueeze(-1), p), p)
         # Twice what the step has lowered the energy by, and what all steps have.
         gain = (alpha.squeeze(-1) * rz).detach()
         energy = state.energy + gain
@@ -123,6 +130,7 @@ class _ConjugateGradients(Algorithm[System, _State]):
             torch.where(seen, torch.fmin(state.curvature_min, curvature), state.curvature_min),
             torch.where(seen, torch.fmax(state.curvature_max, curvature), state.curvature_max),
             broken,
+            state.lanczos.advance(length, beta),
         )  # fmt: skip
 
     def terminate(self, problem: System, state: _State) -> Tensor:

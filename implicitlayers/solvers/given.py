@@ -148,6 +148,9 @@ class BestSoFar(Solver[_Best]):
     def pairs(self, state: _Best) -> Sequence[tuple[Tensor, Tensor]]:
         return self.solver.pairs(state.inner)
 
+    def with_tolerance(self, atol: float) -> BestSoFar:
+        return BestSoFar(self.solver.with_tolerance(atol))
+
     def count(self, state: _Best, steps: Tensor) -> Tensor:
         return self.solver.count(state.inner, steps)
 
