@@ -188,6 +188,7 @@ class OneStep(Adjoint):
         bound = posed.bind(tensors)
         frozen = posed.bind([t.detach() for t in tensors])
         end = iterate(solver, frozen, x0.detach(), solver.max_steps, look=solver.looks)
+        solver = solver.at_solution()
         state = run(solver, bound, solver.resume(bound, end.state), self.steps)
         return finish_forward(solver, bound, Finished(state, end.status, end.steps))
 

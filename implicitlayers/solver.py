@@ -69,6 +69,10 @@ class Solver(Algorithm[Bound, S]):
         """Steps and changes of F ``[*lanes, n]`` that the method has kept, for `LBFGSPreconditioner`."""
         return ()
 
+    def at_solution(self) -> Solver[S]:
+        """The same method as it should step from a solution, for `OneStep`."""
+        return self
+
     def resume(self, problem: Bound, state: S) -> S:
         """The same state, with its evaluations made anew under `problem` so that derivatives reach them."""
         return self.init(problem, self.postprocess(problem, state)[0])
