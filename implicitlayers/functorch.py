@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "full_precision", "graph_leaves", "is_wrapped",
-    "opaque_to_compile", "primal", "pullback", "pushforward",
+    "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward",
 ]  # fmt: skip
 
 
@@ -109,6 +109,21 @@ def batched(fn: Callable[..., Any], lanes: Sequence[Sequence[int | None]], leadi
     for dims in lanes:
         fn = vmap(fn, in_dims=(*([0] * leading), *dims))
     return fn
+
+
+def over_legacy_lanes(f: Callable[[Tensor], Sequence[Tensor]], v: Tensor) -> Sequence[Tensor]:
+    """Map `f` over the lanes that ``torch.autograd.grad(..., is_grads_batched=True)`` gives a cotangent.
+
+    They belong to an older vmap, of which torch.func knows nothing and which hardly any operation supports. So they are
+    taken off, and put back on the results.
+    """
+    if not torch._C._dispatch_keys(v).has(torch._C._dispatch_key_parse("Batched")):
+        return f(v)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    rows = torch._remove_batch_dim(v, level, 0, 0)  # pyright: ignore[reportPrivateImportUsage]
+    pulled = vmap(lambda row: tuple(f(row)))(rows)
+    return [torch._add_batch_dim(t, 0, level) for t in pulled]  # pyright: ignore[reportPrivateImportUsage]
 
 
 def pullback(f: Callable[..., Any], primals: Sequence[Any], cotangent: Any) -> tuple[Any, ...]:

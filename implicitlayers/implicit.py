@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from implicitlayers.functorch import batched, forward_ad_enabled, full_precision, primal, pullback, pushforward
+from implicitlayers.functorch import (
+    batched,
+    forward_ad_enabled,
+    full_precision,
+    over_legacy_lanes,
+    primal,
+    pullback,
+    pushforward,
+)
 from implicitlayers.problem import Condition, Lanes, Term, select
 from implicitlayers.status import Status
 
@@ -57,29 +65,35 @@ class ImplicitArgmin(Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor, *_: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, status, *tensors = ctx.saved_tensors
-        condition: Condition = ctx.condition
-        # A lane that diverged and that the loss leaves out, v = 0, contributes nothing; but zero times infinity is NaN,
-        # and would reach every tensor that lanes share.
-        dead = (status == Status.NON_FINITE) & (v == 0).all(-1)
-        x = torch.where(dead.unsqueeze(-1), torch.zeros_like(x), x)
-        with full_precision(x):
-            return None, None, *ImplicitArgmin._pull(ctx, condition, v, x, tensors)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+
+        def pull(v: Tensor) -> Sequence[Tensor]:
+            # A lane that diverged and that the loss leaves out, v = 0, contributes nothing; but zero times infinity is
+            # NaN, and would reach every tensor that lanes share.
+            dead = (status == Status.NON_FINITE) & (v == 0).all(-1)
+            at = torch.where(dead.unsqueeze(-1), torch.zeros_like(x), x)
+            with full_precision(at):
+                return ImplicitArgmin._pull(ctx.condition, v, at, tensors, wanted)
+
+        grads: list[Tensor | None] = [None] * len(tensors)
+        for i, pulled in zip(wanted, over_legacy_lanes(pull, v), strict=True):
+            grads[i] = pulled
+        return None, None, *grads
 
     @staticmethod
     def _pull(
-        ctx: Any, condition: Condition, v: Tensor, x: Tensor, tensors: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        condition: Condition, v: Tensor, x: Tensor, tensors: Sequence[Tensor], wanted: Sequence[int]
+    ) -> Sequence[Tensor]:
         u = _solve_linearized(condition, v, x, tensors, transposed=True)
-        grads: list[Tensor | None] = [None] * len(tensors)
+        grads: dict[int, Tensor] = {}
         for term in condition.terms:
             inside = [i for i in wanted if i in term.slots]
             if inside:
                 residual = _residual_of(term, condition.lanes, x, tensors, inside)
                 pulled = pullback(residual, [tensors[i] for i in inside], u)
                 for i, g in zip(inside, pulled, strict=True):
-                    grads[i] = -g if grads[i] is None else grads[i] - g
-        return grads
+                    grads[i] = -g if i not in grads else grads[i] - g
+        return [grads[i] if i in grads else torch.zeros_like(tensors[i]) for i in wanted]
 
     @staticmethod
     def jvp(ctx: Any, _condition: Any, _x0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
