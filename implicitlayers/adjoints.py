@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,13 @@ class Implicit(Adjoint):
             in training, where neighbouring outer steps have neighbouring adjoints, fewer products reach a tolerance.
             With a fixed number of products the derivative then depends on the calls before.
         on_failure: "raise", "warn", "ignore" or "nan" for lanes whose linear solve fails.
+        gradient_tol: ε > 0, a bound aimed at for the relative error ‖û - u‖/‖û‖ of the adjoint solution: û is the
+            computed one, u the exact one at the exact solution, for the same v = ∂L/∂x; it is the relative error of the
+            gradient where ∂F/∂θ is a multiple of an isometry (see `AdjointReport`). Solver and linear solver first
+            reach their own tolerances, then go on until each of their shares, as estimated, is below ε/2: the relative
+            error of x and what it does to A for the former, the residual of A u = v for the latter. A lane that cannot
+            get there is STALLED. Costs two more linear solves a measurement, at least once forward and once backward.
+            ``math.inf`` measures, for ``adjoint.inner_error``, and enforces nothing. None does neither.
     """
 
     linear_solver: LinearSolver = field(default_factory=Auto)
@@ -56,7 +64,9 @@ class Implicit(Adjoint):
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
     warm_start: bool = False
     on_failure: Policy = "warn"
-    _last: WarmStart = field(default_factory=WarmStart, init=False, repr=False, compare=False)
+    gradient_tol: float | None = None
+    # An argument of the constructor, so that `dataclasses.replace` hands it on.
+    _last: WarmStart = field(default_factory=WarmStart, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_policy(self.on_failure, "Implicit's on_failure")
@@ -64,6 +74,8 @@ class Implicit(Adjoint):
             raise MisuseError(f"Implicit(damping={self.damping}): pass a number >= 0.")
         if self.curvature not in ("hessian", "gauss_newton"):
             raise MisuseError(f'Implicit(curvature={self.curvature!r}): pass "hessian" or "gauss_newton".')
+        if self.gradient_tol is not None and not self.gradient_tol > 0:
+            raise MisuseError(f"Implicit(gradient_tol={self.gradient_tol}): pass a positive number, or None.")
 
     def solve(
         self, posed: Posed, solver: Solver[Any], x0: Tensor, tensors: Sequence[Tensor], report: AdjointReport
@@ -81,7 +93,19 @@ class Implicit(Adjoint):
                 f"Implicit({name}()): {name} solves symmetric systems only, and the Jacobian of {posed.kind.value} "
                 "is not symmetric; pass Implicit(GMRES()), Implicit(Dense()), or leave the choice to Implicit()."
             )
+        self._check_looks(solver)
         return Outcome(*ImplicitArgmin.apply(Optimality(posed, solver, self.rule(report)), x0, *tensors))
+
+    def _check_looks(self, solver: Solver[Any]) -> None:
+        if self.gradient_tol is None or self.gradient_tol == math.inf:
+            return
+        for what in (solver, self.linear_solver):
+            if not what.looks:
+                raise MisuseError(
+                    f"gradient_tol={self.gradient_tol:g} with a {type(what).__name__} that runs a fixed number of "
+                    "steps: it cannot go on until a tolerance is met; give it an rtol, or pass gradient_tol=math.inf "
+                    "to have the error measured only."
+                )
 
     def rule(self, report: AdjointReport) -> AdjointRule:
         """The same in the terms of the linear system, for one call."""
@@ -92,6 +116,7 @@ class Implicit(Adjoint):
             self.on_failure,
             report,
             self._last if self.warm_start else None,
+            gradient_tol=self.gradient_tol,
         )
 
 
@@ -163,6 +188,7 @@ class OneStep(Adjoint):
         bound = posed.bind(tensors)
         frozen = posed.bind([t.detach() for t in tensors])
         end = iterate(solver, frozen, x0.detach(), solver.max_steps, look=solver.looks)
+        solver = solver.at_solution()
         state = run(solver, bound, solver.resume(bound, end.state), self.steps)
         return finish_forward(solver, bound, Finished(state, end.status, end.steps))
 

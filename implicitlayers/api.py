@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from implicitlayers.adjoints import Adjoint, Implicit
@@ -17,7 +18,7 @@ from implicitlayers.solvers.lbfgs import LBFGS
 from implicitlayers.solvers.least_squares import LevenbergMarquardt
 from implicitlayers.solvers.newton import Newton
 from implicitlayers.solvers.proximal import ProximalGradient
-from implicitlayers.status import Policy, Solution
+from implicitlayers.status import MisuseError, Policy, Solution
 
 __all__ = ["argmin", "fixed_point", "least_squares", "root"]
 
@@ -34,6 +35,7 @@ def argmin(
     adjoint: Adjoint | None = None,
     has_aux: bool = False,
     on_failure: Policy = "raise",
+    gradient_tol: float | None = None,
 ) -> Solution:
     """Minimize a function, and differentiate the minimizer.
 
@@ -55,6 +57,8 @@ def argmin(
         has_aux: whether the objective returns ``(value, aux)``.
         on_failure: what to do about lanes that the solver could not finish: "raise", "warn", "ignore" (look at
             ``solution.status`` yourself) or "nan" (their value becomes NaN).
+        gradient_tol: relative error of the gradient to aim at; short for ``adjoint=Implicit(gradient_tol=...)``, where
+            it is said what it bounds.
 
     Returns:
         The solution; ``solution.value`` is a tree like ``x0``.
@@ -77,7 +81,7 @@ def argmin(
         params,
         regularizer,
         _default(LBFGS(), regularizer) if solver is None else solver,
-        Implicit() if adjoint is None else adjoint,
+        _with_tolerance(adjoint, gradient_tol),
         has_aux,
         on_failure,
     ).run()
@@ -93,6 +97,7 @@ def least_squares(
     adjoint: Adjoint | None = None,
     has_aux: bool = False,
     on_failure: Policy = "raise",
+    gradient_tol: float | None = None,
 ) -> Solution:
     """Minimize half the sum of squares of residuals, and differentiate the minimizer.
 
@@ -112,6 +117,7 @@ def least_squares(
         adjoint: see `argmin`.
         has_aux: whether `residuals` returns ``(r, aux)``.
         on_failure: see `argmin`.
+        gradient_tol: see `argmin`.
 
     Returns:
         The solution; ``stats.objective`` is ½ ‖r‖² + reg.
@@ -128,7 +134,7 @@ def least_squares(
         True
     """
     solver = _default(LevenbergMarquardt(), regularizer) if solver is None else solver
-    adjoint = Implicit() if adjoint is None else adjoint
+    adjoint = _with_tolerance(adjoint, gradient_tol)
     return Call(residuals, Residuals(), x0, params, regularizer, solver, adjoint, has_aux, on_failure).run()
 
 
@@ -141,6 +147,7 @@ def root(
     adjoint: Adjoint | None = None,
     has_aux: bool = False,
     on_failure: Policy = "raise",
+    gradient_tol: float | None = None,
 ) -> Solution:
     """Solve a system of equations, and differentiate the solution.
 
@@ -155,6 +162,7 @@ def root(
         adjoint: see `argmin`.
         has_aux: whether `residual` returns ``(F, aux)``.
         on_failure: see `argmin`.
+        gradient_tol: see `argmin`.
 
     Returns:
         The solution; ``stats.objective`` is NaN.
@@ -170,7 +178,7 @@ def root(
         -0.5924469933
     """
     solver = Newton() if solver is None else solver
-    adjoint = Implicit() if adjoint is None else adjoint
+    adjoint = _with_tolerance(adjoint, gradient_tol)
     return Call(residual, Equation(), x0, params, None, solver, adjoint, has_aux, on_failure).run()
 
 
@@ -183,6 +191,7 @@ def fixed_point(
     adjoint: Adjoint | None = None,
     has_aux: bool = False,
     on_failure: Policy = "raise",
+    gradient_tol: float | None = None,
 ) -> Solution:
     """Find a fixed point, and differentiate it.
 
@@ -197,6 +206,7 @@ def fixed_point(
         adjoint: see `argmin`.
         has_aux: whether `mapping` returns ``(g, aux)``.
         on_failure: see `argmin`.
+        gradient_tol: see `argmin`.
 
     Returns:
         The solution; ``stats.objective`` is NaN.
@@ -206,7 +216,7 @@ def fixed_point(
         SolveError: some lanes failed and ``on_failure="raise"``.
     """
     solver = Anderson() if solver is None else solver
-    adjoint = Implicit() if adjoint is None else adjoint
+    adjoint = _with_tolerance(adjoint, gradient_tol)
     return Call(
         mapping, Equation("mapping", fixed_point=True), x0, params, None, solver, adjoint, has_aux, on_failure
     ).run()
@@ -214,3 +224,15 @@ def fixed_point(
 
 def _default(solver: Solver[Any], regularizer: Regularizer | None) -> Solver[Any]:
     return solver if getattr(regularizer, "smooth", True) else ProximalGradient()
+
+
+def _with_tolerance(adjoint: Adjoint | None, gradient_tol: float | None) -> Adjoint:
+    adjoint = Implicit() if adjoint is None else adjoint
+    if gradient_tol is None:
+        return adjoint
+    if not isinstance(adjoint, Implicit):
+        raise MisuseError(
+            f"gradient_tol={gradient_tol} with adjoint={adjoint!r}: only the error of an implicit derivative is known; "
+            "pass adjoint=Implicit(...), or leave gradient_tol out."
+        )
+    return replace(adjoint, gradient_tol=gradient_tol)

@@ -81,21 +81,30 @@ class Probe(_Onlooker):
         super().__init__(given)
         self.captured: list[Tensor] = []
         self._touched: set[int] = set()
+        self._touched_before: set[int] | None = None
         self._outside: list[tuple[Tensor, int | None]] = []
         self._results: list[weakref.ref[Tensor]] = []
 
     def touched(self, t: Tensor) -> bool:
-        """Whether `t` was an argument of any operation."""
+        """Whether `t` was an argument of any operation of the last run."""
         return id(t) in self._touched
 
     def changed(self) -> bool:
         """Whether a tensor of the surroundings was changed in place."""
         return any(_version(t) != version for t, version in self._outside)
 
+    def again(self) -> None:
+        """The function is about to run a second time."""
+        self._touched_before, self._touched = self._touched, set()
+
     def watch(self, noun: str) -> Watch:
         """What a later evaluation is held against; `noun` names the function in messages."""
         plain = [(t, version) for t, version in self._outside if not any(t is c for c in self.captured)]
-        return Watch(noun, plain, self._results)
+        # What a custom Function returns was made by no torch operation and looks as if it came from outside; but it is
+        # another tensor each time, while the surroundings stay. Where there is such a thing strangers mean nothing.
+        before = self._touched_before
+        told = before is not None and all(id(t) in before and id(t) in self._touched for t, _ in self._outside)
+        return Watch(noun, plain, self._results, tells_strangers=told)
 
     def _used(self, t: Tensor) -> None:
         self._touched.add(id(t))
@@ -120,12 +129,18 @@ class Watch:
         noun: the function, in messages.
         outside: tensors that it took from its surroundings and their versions, without those that became inputs.
         results: what it computed; a module may have kept some of it for later calls.
+        tells_strangers: whether tensors from outside can be told from those made on the way.
     """
 
     def __init__(
-        self, noun: str, outside: Sequence[tuple[Tensor, int | None]], results: Sequence[weakref.ref[Tensor]]
+        self,
+        noun: str,
+        outside: Sequence[tuple[Tensor, int | None]],
+        results: Sequence[weakref.ref[Tensor]],
+        *,
+        tells_strangers: bool,
     ) -> None:
-        self._noun, self._outside, self._results = noun, outside, results
+        self._noun, self._outside, self._results, self._tells = noun, outside, results, tells_strangers
         self._armed = False
 
     def arm(self) -> None:
@@ -143,6 +158,8 @@ class Watch:
                     f"the {self._noun} captures a tensor of shape {tuple(t.shape)} that was changed in place after the "
                     "solve, and the derivative evaluates it again; pass it as a param, or change a copy."
                 )
+        if not self._tells:
+            return fn(*args)
         kept = [t for t in (ref() for ref in self._results) if t is not None]
         leaves = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
         with _Strangers([*given, *leaves, *kept, *(t for t, _ in self._outside)]) as mode:

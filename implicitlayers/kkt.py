@@ -11,7 +11,7 @@ from torch import Tensor
 from implicitlayers.loop import norm
 from implicitlayers.problem import Term
 
-__all__ = ["KKTTerm", "Point", "Program", "Saddle", "Scales", "matvec"]
+__all__ = ["KKTPoint", "KKTTerm", "Program", "Saddle", "Scales", "matvec"]
 
 
 def matvec(M: Tensor, y: Tensor) -> Tensor:
@@ -19,15 +19,15 @@ def matvec(M: Tensor, y: Tensor) -> Tensor:
     return (M @ y.unsqueeze(-1)).squeeze(-1)
 
 
-class Point(NamedTuple):
-    """The unknowns of a quadratic program: x ``[*lanes, n]`` and the multipliers of its p equations and m inequalities."""
+class KKTPoint(NamedTuple):
+    """The unknowns of a quadratic program: x ``[*lanes, n]``, and multipliers of its p equations and m inequalities."""
 
     x: Tensor
     nu: Tensor
     lam: Tensor
 
     @classmethod
-    def split(cls, z: Tensor, p: int, m: int) -> Point:
+    def split(cls, z: Tensor, p: int, m: int) -> KKTPoint:
         """Take ``z [*lanes, n + p + m]`` apart."""
         return cls(*z.split([z.shape[-1] - p - m, p, m], dim=-1))
 
@@ -43,9 +43,9 @@ class Scales(NamedTuple):
     nu: Tensor
     lam: Tensor
 
-    def undo(self, z: Point) -> Point:
+    def undo(self, z: KKTPoint) -> KKTPoint:
         """A point of the scaled program in the units of the original one."""
-        return Point(z.x * self.x, z.nu * self.nu, z.lam * self.lam)
+        return KKTPoint(z.x * self.x, z.nu * self.nu, z.lam * self.lam)
 
 
 class Program(NamedTuple):
@@ -67,20 +67,20 @@ class Program(NamedTuple):
         """½ xᵀQx + qᵀx ``[*lanes]``."""
         return (x * (matvec(self.Q, x) / 2 + self.q)).sum(-1)
 
-    def stationarity(self, z: Point) -> Tensor:
+    def stationarity(self, z: KKTPoint) -> Tensor:
         """The gradient of the Lagrangian in x, ``[*lanes, n]``."""
         return matvec(self.Q, z.x) + self.q + self.pull(z)
 
-    def pull(self, z: Point) -> Tensor:
+    def pull(self, z: KKTPoint) -> Tensor:
         """Aᵀν + Gᵀλ ``[*lanes, n]``."""
         return matvec(self.A.mT, z.nu) + matvec(self.G.mT, z.lam)
 
-    def residual(self, z: Point) -> Tensor:
+    def residual(self, z: KKTPoint) -> Tensor:
         """Norm of the optimality condition (∇L, Ax - b, λ ∘ (Gx - h)), ``[*lanes]``."""
         parts = (self.stationarity(z), matvec(self.A, z.x) - self.b, z.lam * (matvec(self.G, z.x) - self.h))
         return norm(torch.cat(parts, dim=-1))
 
-    def violation(self, z: Point) -> Tensor:
+    def violation(self, z: KKTPoint) -> Tensor:
         """Largest entry of (∇L, Ax - b, min(λ, h - Gx)), zero exactly where z is optimal; ``[*lanes]``."""
         natural = torch.minimum(z.lam, self.h - matvec(self.G, z.x))
         parts = (self.stationarity(z), matvec(self.A, z.x) - self.b, natural)
@@ -93,7 +93,10 @@ class Program(NamedTuple):
         return torch.isfinite(sum(totals[1:], totals[0]))
 
     def with_zeros(self, where: Tensor) -> Program:
-        """Zero data in some lanes, so that what is broken there cannot reach LAPACK, which works on all lanes at once."""
+        """Every tensor on every lane, and zero in some.
+
+        So nothing broken reaches LAPACK, which takes all lanes at once.
+        """
         mask = where.unsqueeze(-1)
         clean = [torch.where(mask[..., None], torch.zeros_like(t), t) for t in (self.Q, self.A, self.G)]
         q, b, h = (torch.where(mask, torch.zeros_like(t), t) for t in (self.q, self.b, self.h))
@@ -171,23 +174,23 @@ class KKTTerm(Term):
 
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
         Q, q, A, b, G, h = params
-        x, nu, lam = Point.split(x, self.p, self.m)
+        x, nu, lam = KKTPoint.split(x, self.p, self.m)
         slack = G @ x - h
         stationarity = (Q @ x + Q.mT @ x) / 2 + q + A.mT @ nu + G.mT @ lam
         return torch.cat([stationarity, A @ x - b, _factor(lam, slack, params, x) * lam * slack])
 
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         Q, _, A, _, G, h = params
-        x, _, lam = Point.split(x, self.p, self.m)
-        dx, dnu, dlam = Point.split(y, self.p, self.m)
+        x, _, lam = KKTPoint.split(x, self.p, self.m)
+        dx, dnu, dlam = KKTPoint.split(y, self.p, self.m)
         slack = G @ x - h
         stationarity = (Q @ dx + Q.mT @ dx) / 2 + A.mT @ dnu + G.mT @ dlam
         return torch.cat([stationarity, A @ dx, _factor(lam, slack, params, x) * (lam * (G @ dx) + slack * dlam)])
 
     def transposed(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
         Q, _, A, _, G, h = params
-        x, _, lam = Point.split(x, self.p, self.m)
-        u, v, w = Point.split(y, self.p, self.m)
+        x, _, lam = KKTPoint.split(x, self.p, self.m)
+        u, v, w = KKTPoint.split(y, self.p, self.m)
         slack = G @ x - h
         w = _factor(lam, slack, params, x) * w
         return torch.cat([(Q @ u + Q.mT @ u) / 2 + A.mT @ v + G.mT @ (lam * w), A @ u, G @ u + slack * w])
@@ -209,9 +212,9 @@ class Saddle(NamedTuple):
     """A factorized saddle-point matrix K = [H Bᵀ; B -C] with H and C positive semidefinite, which may be singular.
 
     K + δ diag(I, -I) is regular, and with its factors the system of K itself is refined: every round is a step of the
-    proximal method of multipliers (Rockafellar 1976). It reduces the error by δ / (δ + σ) along a singular value σ of K,
-    and leaves alone what K cannot see. A singular but consistent system, as of an equation that is stated twice, is so
-    solved to rounding.
+    proximal method of multipliers (Rockafellar 1976). It reduces the error by about δ / σ along a singular value σ of
+    K, and leaves alone what K cannot see. A singular but consistent system, as of an equation that is stated twice, is
+    so solved to rounding.
 
     Attributes:
         K: ``[*lanes, n + k, n + k]``.

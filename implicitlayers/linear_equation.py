@@ -15,9 +15,9 @@ from implicitlayers.flat import Structure, Tree, flatten_tensors
 from implicitlayers.functorch import all_lanes, batched, full_precision, opaque_to_compile, pullback
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.cg import CG
-from implicitlayers.linear.operator import Operator
+from implicitlayers.linear.operator import Late, Operator
 from implicitlayers.linear.solve import LinearSolver
-from implicitlayers.linearized import AdjointRule, Late, LinearSystem, RightHandSide
+from implicitlayers.linearized import AdjointRule, LinearSystem, RightHandSide
 from implicitlayers.loop import norm
 from implicitlayers.policy import apply_policy
 from implicitlayers.pose import Equation, UserFunction

@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from implicitlayers.linear.operator import Operator
+from implicitlayers.inexact import Inexact, solve_to_error
+from implicitlayers.linear.operator import Late, Operator
 from implicitlayers.linear.preconditioner import LBFGSPreconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
-from implicitlayers.problem import Condition, Lanes, Outcome, Posed, Term, aligned
+from implicitlayers.problem import Bound, Condition, Lanes, Outcome, Posed, Term, aligned
 from implicitlayers.status import (
     AdjointError,
     AdjointReport,
     AdjointWarning,
     Policy,
+    Status,
     describe_failures,
     failed,
     warn_caller,
 )
 
-__all__ = ["AdjointRule", "Gathered", "Late", "LinearSystem", "RightHandSide", "WarmStart"]
+__all__ = ["AdjointRule", "Gathered", "LinearSystem", "RightHandSide", "WarmStart"]
 
 
 class WarmStart:
@@ -65,6 +67,7 @@ class AdjointRule:
         report: filled by the first-order derivative.
         warm_start: where the first-order derivative starts from, if not from zero.
         gathered: filled by the forward solve.
+        gradient_tol: the relative error of the adjoint that is aimed at, if any.
     """
 
     linear_solver: LinearSolver
@@ -74,6 +77,7 @@ class AdjointRule:
     report: AdjointReport = field(compare=False)
     warm_start: WarmStart | None = field(default=None, compare=False)
     gathered: Gathered = field(default_factory=Gathered, compare=False)
+    gradient_tol: float | None = None
 
     def prepared(self) -> LinearSolver:
         """The linear solver, its preconditioner made from the forward solve's pairs where it asks for them."""
@@ -82,6 +86,10 @@ class AdjointRule:
             return self.linear_solver
         with_pairs = preconditioner.with_pairs(self.gathered.pairs)
         return replace(self.linear_solver, preconditioner=with_pairs)  # type: ignore[type-var]
+
+    def inexact(self, bound: Bound, x: Tensor) -> Inexact:
+        """What is wrong with x as the solution of a condition."""
+        return Inexact.of(bound, x, self.prepared(), self.damping)
 
 
 @dataclass(frozen=True)
@@ -168,11 +176,20 @@ class LinearSystem(Condition):
         symmetric = all(term.symmetric for term in self.base)
         other = None if symmetric else Late(lambda: product(not self.transposes))
         operator = Operator(product(self.transposes), symmetric, self.minimizing, other)
-        warm = self.rule.warm_start if self.first_order else None
-        solution = self.rule.prepared().solve(operator, v, None if warm is None else warm.start(v))
-        if warm is not None:
-            warm.keep(solution.x, solution.status)
-        u = self._report(solution)
+        if not self.first_order:
+            solution = self.rule.prepared().solve(operator, v)
+        else:
+            warm, aim = self.rule.warm_start, (self.rule.gradient_tol or torch.inf) / 2
+            start = None if warm is None else warm.start(v)
+            solution, error = solve_to_error(self.rule.prepared(), operator, v, start, aim)
+            if warm is not None:
+                warm.keep(solution.x, solution.status)
+            if self.rule.gradient_tol is not None:
+                everywhere = _over_lanes(tensors[1], [level[1] for level in self.lanes], x0.shape[:-1])
+                bound = Posed(self.base).bind(rest, tuple(level[2:] for level in self.lanes))
+                solution, error = self._account_for(self.rule.inexact(bound, everywhere), solution, error)
+            self._report(solution, error)
+        u = self._apply_policy(solution)
         return Outcome(
             u, solution.status, solution.steps, solution.residual, torch.full_like(solution.residual, torch.nan)
         )
@@ -186,40 +203,37 @@ class LinearSystem(Condition):
     def with_lanes(self, lanes: Lanes) -> LinearSystem:
         return replace(self, lanes=lanes)
 
-    def _report(self, solution: LinearSolution) -> Tensor:
-        """Keep the report, apply the policy, and return the solution."""
+    def _account_for(self, inexact: Inexact, solution: LinearSolution, error: Tensor) -> tuple[LinearSolution, Tensor]:
+        """Add the error that an inexact x̂ makes; lanes that miss `gradient_tol` have stalled."""
+        inner = inexact.change_along(solution.x, transposed=self.transposes)
+        self.rule.report.inner_error, error = inner, error + inner
+        assert self.rule.gradient_tol is not None
+        misses = (error > self.rule.gradient_tol) & (solution.status == Status.CONVERGED)
+        status = torch.where(misses, torch.full_like(solution.status, Status.STALLED), solution.status)
+        return solution._replace(status=status), error
+
+    def _report(self, solution: LinearSolution, error: Tensor) -> None:
+        report = self.rule.report
+        report.steps, report.status, report.residual = solution.steps, solution.status, solution.residual
+        report.curvature = (solution.curvature_min, solution.curvature_max)
+        report.damping, report.error_estimate = self.rule.damping, error
+
+    def _apply_policy(self, solution: LinearSolution) -> Tensor:
         rule = self.rule
-        if self.first_order:
-            low = solution.curvature_min
-            bound = torch.where(low > 0, solution.residual / low, torch.full_like(low, torch.inf))
-            rule.report.steps, rule.report.status = solution.steps, solution.status
-            rule.report.residual, rule.report.curvature = solution.residual, (low, solution.curvature_max)
-            rule.report.damping, rule.report.error_estimate = rule.damping, bound
         if rule.on_failure == "nan":
             return torch.where(
                 failed(solution.status).unsqueeze(-1), torch.full_like(solution.x, torch.nan), solution.x
             )
         if rule.on_failure in ("raise", "warn") and rule.linear_solver.looks and bool(failed(solution.status).any()):
-            message = describe_failures(
-                "The linear solve of the derivative", solution.status, solution.steps, solution.residual
-            )
+            what = "The linear solve of the derivative"
+            if self.first_order and rule.gradient_tol is not None and rule.report.error_estimate is not None:
+                worst = float(rule.report.error_estimate.max())
+                what = f"{what} to gradient_tol={rule.gradient_tol:.3g} (estimated relative error {worst:.3g})"
+            message = describe_failures(what, solution.status, solution.steps, solution.residual)
             if rule.on_failure == "raise":
                 raise AdjointError(message)
             warn_caller(AdjointWarning(message))
         return solution.x
-
-
-class Late:
-    """A product that is linearized when it is first asked for, since most linear solvers never do."""
-
-    def __init__(self, make: Callable[[], Callable[[Tensor], Tensor]]) -> None:
-        self._make = make
-        self._made: Callable[[Tensor], Tensor] | None = None
-
-    def __call__(self, y: Tensor) -> Tensor:
-        if self._made is None:
-            self._made = self._make()
-        return self._made(y)
 
 
 def _over_lanes(t: Tensor, has: Sequence[int | None], sizes: Sequence[int]) -> Tensor:

@@ -180,7 +180,10 @@ class UserFunction:
         leaves, _ = flatten_tensors(x)
         with torch.no_grad(), Probe([*leaves, *copies]) as probe:
             out = self.fn(x, *join_tensors(copies, self.skeleton))
-            again = self.fn(x, *join_tensors(copies, self.skeleton)) if look else out
+            again = out
+            if look:
+                probe.again()
+                again = self.fn(x, *join_tensors(copies, self.skeleton))
         noun = self.role.noun
         if probe.changed():
             raise MisuseError(

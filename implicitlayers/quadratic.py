@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicitlayers.adjoints import Adjoint, Implicit
-from implicitlayers.functorch import all_lanes, opaque_to_compile
+from implicitlayers.functorch import all_lanes, full_precision, opaque_to_compile
 from implicitlayers.implicit import ImplicitArgmin
-from implicitlayers.kkt import KKTTerm, Point, Program
+from implicitlayers.kkt import KKTPoint, KKTTerm, Program
 from implicitlayers.linear.dense import Dense
 from implicitlayers.linearized import AdjointRule, LinearSystem
 from implicitlayers.loop import iterate
@@ -78,8 +78,8 @@ def quadratic_program(
     them is shared and gets the sum of the lanes' derivatives. `torch.vmap` adds lanes from outside.
 
     Args:
-        Q: ``[..., n, n]``, positive semidefinite. Its symmetric part ½(Q + Qᵀ) is meant, which is all that the objective
-            sees: the derivative in Q is a symmetric matrix.
+        Q: ``[..., n, n]``, positive semidefinite. Its symmetric part ½(Q + Qᵀ) is meant, which is all that the
+            objective sees: the derivative in Q is a symmetric matrix.
         q: ``[..., n]``.
         A: ``[..., p, n]``; with `b`, or without both.
         b: ``[..., p]``.
@@ -92,8 +92,8 @@ def quadratic_program(
             say which of the assumptions does not hold in a lane.
 
     Returns:
-        The solution; ``solution.value`` is ``(x, equality, inequality)``, see `PrimalDual`. ``stats.residual`` is the norm
-        of F, ``stats.objective`` the optimal value, ``stats.steps`` those of the interior-point method.
+        The solution; ``solution.value`` is ``(x, equality, inequality)``, see `PrimalDual`. ``stats.residual`` is the
+        norm of F, ``stats.objective`` the optimal value, ``stats.steps`` those of the interior-point method.
 
     Raises:
         MisuseError: the call cannot mean what it says.
@@ -114,12 +114,13 @@ def quadratic_program(
         _check_symmetric(tensors[0])
     p, m = tensors[2].shape[-2], tensors[4].shape[-2]
     report = AdjointReport()
-    rule = AdjointRule(adjoint.linear_solver, adjoint.damping, False, adjoint.on_failure, report)
     start = torch.zeros(*sizes, tensors[1].shape[-1] + p + m, dtype=q.dtype, device=q.device)
-    outcome = Outcome(*ImplicitArgmin.apply(_Optimality(KKTTerm(p, m), solver, rule, lanes), start, *tensors))
+    condition = _Optimality(KKTTerm(p, m), solver, adjoint.rule(report), lanes)
+    with full_precision(start):
+        outcome = Outcome(*ImplicitArgmin.apply(condition, start, *tensors))
     z = apply_policy(outcome, on_failure, "The quadratic program", looks=solver.looks)
     stats = Stats(outcome.steps, outcome.residual, outcome.objective)
-    return Solution(PrimalDual(*Point.split(z, p, m)), outcome.status, stats, adjoint=report)
+    return Solution(PrimalDual(*KKTPoint.split(z, p, m)), outcome.status, stats, adjoint=report)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,6 @@ class _Optimality(Condition):
     solver: InteriorPoint
     rule: AdjointRule
     lanes: Lanes
-    exact: ActiveSet = field(default_factory=ActiveSet)
 
     @property
     def terms(self) -> tuple[KKTTerm]:
@@ -143,12 +143,12 @@ class _Optimality(Condition):
         program, scales = given.with_zeros(broken).scaled()
         end = iterate(self.solver, program, x0, self.solver.max_steps, look=self.solver.looks)
         z = end.state.z.join()
-        polished = iterate(self.exact, program, z, _ACTIVE_SETS, look=self.solver.looks).state
+        polished = iterate(ActiveSet(), program, z, _ACTIVE_SETS, look=self.solver.looks).state
         # Rounding may leave a multiplier of an active constraint just below zero.
         z = scales.undo(polished.best._replace(lam=polished.best.lam.clamp_min(0)))
-        z = Point(*(torch.where(broken.unsqueeze(-1), torch.full_like(t, torch.nan), t) for t in z))
+        z = KKTPoint(*(torch.where(broken.unsqueeze(-1), torch.full_like(t, torch.nan), t) for t in z))
         unfinished = (end.status == Status.MAX_STEPS) | (end.status == Status.STALLED)
-        met = unfinished & (polished.violation <= self.solver.tolerance(polished.violation))
+        met = unfinished & (polished.violation <= self.solver.tolerances(x0.dtype)[1])
         status = torch.where(met, torch.full_like(end.status, Status.CONVERGED), end.status)
         status = torch.where(broken, torch.full_like(status, Status.NON_FINITE), status)
         steps = torch.where(broken, torch.zeros_like(end.steps), end.steps)

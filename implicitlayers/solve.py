@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitlayers.adjoints import Adjoint, Unrolled
 from implicitlayers.closure import bound_now
 from implicitlayers.flat import Structure, Tree, flatten_tensors
-from implicitlayers.functorch import carries_derivative, full_precision, graph_leaves, is_wrapped
+from implicitlayers.functorch import all_lanes, carries_derivative, full_precision, graph_leaves, is_wrapped
 from implicitlayers.policy import apply_policy
 from implicitlayers.pose import Summand, UserFunction
 from implicitlayers.problem import Kind, Posed
@@ -102,6 +102,9 @@ class Call:
         report = AdjointReport()
         outcome = self.adjoint.solve(posed, self.solver, start, inputs, report)
         what = f"The solve by {type(self.solver).__name__}"
+        if report.inner_error is not None and self.solver.looks:
+            worst = float(all_lanes(report.inner_error).max())
+            what = f"{what}, whose error leaves the gradient with an estimated relative error of {worst:.3g},"
         for watch in watches:
             watch.arm()
         value = structure.unflatten(apply_policy(outcome, self.on_failure, what, looks=self.solver.looks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -47,6 +48,10 @@ class Solver(Algorithm[Bound, S]):
         """Where the loop begins: `x0`, or a tree like it that the solver brings along."""
         return x0
 
+    def with_tolerance(self, atol: float) -> Solver[S]:
+        """The same method, stopping at ‖F(x)‖ ≤ atol."""
+        return replace(self, rtol=0.0, atol=atol)  # type: ignore[type-var]
+
     def count(self, state: S, steps: Tensor) -> Tensor:
         """The steps to report, int64 ``[*lanes]``: those of the loop, or the solver's own where it loops inside."""
         return steps
@@ -63,6 +68,10 @@ class Solver(Algorithm[Bound, S]):
     def pairs(self, state: S) -> Sequence[tuple[Tensor, Tensor]]:
         """Steps and changes of F ``[*lanes, n]`` that the method has kept, for `LBFGSPreconditioner`."""
         return ()
+
+    def at_solution(self) -> Solver[S]:
+        """The same method as it should step from a solution, for `OneStep`."""
+        return self
 
     def resume(self, problem: Bound, state: S) -> S:
         """The same state, with its evaluations made anew under `problem` so that derivatives reach them."""

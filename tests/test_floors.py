@@ -26,14 +26,16 @@ FLOORS = (
     {"kkt", "pose"},
     {"regularizers"},
     {"linear", "solver"},
-    {"implicit", "linearized"},
+    {"implicit", "inexact"},
+    {"linearized"},
     {"solvers"},
     {"optimality"},
     {"adjoints"},
     {"linear_equation", "solve"},
     {"api", "quadratic"},
-    {"nn", "testing"},
+    {"nn"},
     {""},
+    {"testing"},
 )
 FLOOR_OF = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 

@@ -1,14 +1,10 @@
 """The modules: in a Sequential, moved, saved, copied, pickled, called functionally, under autocast, in DDP."""
 
 import copy
-import io
-import os
 import pickle
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -178,31 +174,15 @@ def test_what_cannot_be_is_refused():
         il.nn.RootLayer(lambda x: x, {"a": 1.0})
 
 
-def _train(rank, port, results):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = DistributedDataParallel(layer())
-    model(B * (rank + 1)).sin().sum().backward()
-    if rank == 0:
-        buffer = io.BytesIO()
-        torch.save([p.grad for p in model.module.parameters()], buffer)
-        results.put(buffer.getvalue())
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_distributed_data_parallel_averages_the_gradients():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = mp.spawn(_train, (port, results), nprocs=2, join=False)
-    ours = torch.load(io.BytesIO(results.get()))
-    while not processes.join():
-        pass
-    module = layer()
-    W, log_lam = module.function.W, module.regularizer.log_lam
-    loss = sum(expected(W, log_lam, B * k).sin().sum() for k in (1, 2)) / 2
-    torch.testing.assert_close(ours, list(torch.autograd.grad(loss, (W, log_lam))), rtol=1e-9, atol=1e-12)
+def test_distributed_data_parallel_finds_the_parameters(tmp_path):
+    """One process: what is tested is that the wrapper's hooks see the gradients of a layer."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(layer())
+        model(B).sin().sum().backward()
+        module = model.module
+        W, log_lam = module.function.W, module.regularizer.log_lam
+        oracle = torch.autograd.grad(expected(W, log_lam, B).sin().sum(), (W, log_lam))
+        torch.testing.assert_close((W.grad, log_lam.grad), oracle, rtol=1e-9, atol=1e-12)
+    finally:
+        torch.distributed.destroy_process_group()

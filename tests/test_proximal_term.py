@@ -1,4 +1,4 @@
-"""The proximal fixed point x - prox(x - ∇f(x)) = 0 as a term: its Jacobian I - P(I - H), products, transposes, lanes."""
+"""The proximal fixed point x - prox(x - ∇f(x)) = 0 as a term: its Jacobian I - P(I - H), its products, lanes."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ NONSMOOTH = {
     "elastic-net": il.ElasticNet(0.4, LAM),
     "group-lasso": il.GroupLasso(0.5),
     "box": il.Box(-0.5, LAM),
-    "simplex": il.Simplex(1.5),
+    "simplex": il.Simplex(9.0),
     "l1-ball": il.L1Ball(1.5),
     "l2-ball": il.L2Ball(0.8),
     "lasso-and-ridge": il.Ridge(0.3) + il.Lasso(LAM),
@@ -72,10 +72,16 @@ def test_jacobian_is_written_down_rightly(regularizer):
     P = jacrev(lambda z: pieces.nonsmooth.prox(z, one, *[tensors[slot] for slot in pieces.nonsmooth.slots]))(forward)
     eye = torch.eye(N, dtype=F64)
     assert_near(J, eye - P @ (eye - smooth_curvature(X, pieces)))
-    assert (J - J.T).abs().max() > 1e-3
-    assert not term.symmetric
+    assert P.abs().max() > 0.1, "everything is held here, and the curvature plays no part"
     assert_near(columns(lambda y: term.product(y, X, *tensors)), J)
     assert_near(columns(lambda y: term.transposed(y, X, *tensors)), J.T)
+
+
+def test_jacobian_is_not_symmetric():
+    term, tensors, _ = term_of(NONSMOOTH["box"])
+    J = jacfwd(lambda x: term.residual(x, *tensors))(X)
+    assert (J - J.T).abs().max() > 0.1
+    assert not term.symmetric
 
 
 @EVERY
@@ -112,16 +118,17 @@ def test_lanes(name, transposed):
 def test_products_are_differentiable_in_everything(name):
     term, tensors, _ = term_of(NONSMOOTH[name])
     inputs = [t.clone().requires_grad_() for t in (DIRECTIONS[0], X, *tensors)]
-    assert gradcheck(term.product, inputs, check_forward_ad=True)
-    assert gradcheck(term.transposed, inputs, check_forward_ad=True)
+    assert gradcheck(term.product, inputs, check_forward_ad=True, fast_mode=True)
+    assert gradcheck(term.transposed, inputs, check_forward_ad=True, fast_mode=True)
 
 
 def test_gauss_newton_curvature():
     whole = ObjectiveTerm(lambda x, A, b: half_squares(residuals(x, A, b)), (0, 1), residuals, half_squares)
-    term, tensors, pieces = term_of(NONSMOOTH["lasso-and-ridge"], whole)
+    lam = torch.linspace(0.2, 8.0, N, dtype=F64)
+    term, tensors, _ = term_of(il.Ridge(0.3) + il.Lasso(lam), whole)
     J = jacfwd(residuals)(X, A, B)
     forward = X - J.T @ residuals(X, A, B) - 0.3 * X
-    P = torch.diag((forward.abs() > LAM).to(F64))
+    P = torch.diag((forward.abs() > lam).to(F64))
     eye = torch.eye(N, dtype=F64)
     assert 0 < P.trace() < N
     G = J.T @ J + 0.3 * eye

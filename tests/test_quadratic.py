@@ -1,74 +1,26 @@
-"""Quadratic programs: values and multipliers, all six derivatives, lanes, and what cannot be solved."""
-
-import re
+"""Quadratic programs: values and multipliers against closed forms, SciPy and the conditions that define them."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog, minimize
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import jacrev
 
 import implicitlayers as il
-from tests.helpers.problems import F64, each, normal
-
-N, P, M = 3, 1, 4
-NAMES = ("Q", "q", "A", "b", "G", "h")
-ALL = tuple(range(6))
-# Rounding times condition numbers up to a thousand, for quantities of order one.
-TOL = 1e-10
-
-
-def random_program(seed, *lanes, n=N, p=P, m=M):
-    """A feasible program: a point of it is drawn first."""
-    L, point = normal(*lanes, n, n, seed=seed), normal(*lanes, n, seed=seed + 1)
-    A, G = normal(*lanes, p, n, seed=seed + 2), normal(*lanes, m, n, seed=seed + 3)
-    room = normal(*lanes, m, seed=seed + 4).abs() / 2
-    Q = L @ L.mT + 0.5 * torch.eye(n, dtype=F64)
-    return Q, 3 * normal(*lanes, n, seed=seed + 5), A, times(A, point), G, times(G, point) + room
-
-
-def times(A, x):
-    return (A @ x.unsqueeze(-1)).squeeze(-1)
-
-
-def layer(*program, **options):
-    return torch.cat(il.quadratic_program(*program, **options).value, dim=-1)
-
-
-def active_set_solution(active):
-    """The solution as a differentiable linear solve: active inequalities are equations, the others are not there."""
-    where = torch.nonzero(active)[:, 0]
-
-    def oracle(Q, q, A, b, G, h):
-        B = torch.cat([A, G[where]])
-        K = torch.cat([torch.cat([(Q + Q.mT) / 2, B.mT], 1), torch.cat([B, torch.zeros(len(B), len(B), dtype=F64)], 1)])
-        y = torch.linalg.inv(K) @ torch.cat([-q, b, h[where]])
-        head = len(q) + len(b)
-        return torch.cat([y[:head], torch.zeros_like(h).index_put((where,), y[head:])])
-
-    return oracle
-
-
-PROGRAM = random_program(13)
-ACTIVE = il.quadratic_program(*PROGRAM).value.inequality > 0
-ORACLE = active_set_solution(ACTIVE)
-
-
-def assert_near(ours, expected, tol=TOL):
-    torch.testing.assert_close(ours, expected, rtol=0, atol=tol)
-
-
-def assert_optimal(program, value, tol=TOL):
-    """The conditions of Karush, Kuhn and Tucker, which a convex program needs no more than."""
-    Q, q, A, b, G, h = program
-    x, nu, lam = value
-    assert_near(times(Q, x) + q + times(A.mT, nu) + times(G.mT, lam), torch.zeros_like(x), tol)
-    assert_near(times(A, x), b.expand_as(nu), tol)
-    slack = h - times(G, x)
-    assert slack.min() >= -tol
-    assert lam.min() >= 0
-    assert_near(lam * slack, torch.zeros_like(lam), tol)
-
+from tests.helpers.problems import F64, normal
+from tests.helpers.programs import (
+    ACTIVE,
+    ORACLE,
+    PROGRAM,
+    M,
+    N,
+    P,
+    assert_near,
+    assert_optimal,
+    layer,
+    random_program,
+    times,
+)
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
@@ -93,6 +45,8 @@ def test_random_batches_are_optimal_and_agree_with_scipy():
     program = random_program(20, 30, n=6, p=2, m=9)
     solution = il.quadratic_program(*program)
     assert_optimal(program, solution.value)
+    # Without the corrector it takes twice as many.
+    assert solution.stats.steps.max() <= 12
     for lane in range(3):
         Q, q, A, b, G, h = (t[lane].numpy() for t in program)
         reference = minimize(
@@ -153,14 +107,28 @@ def test_units_do_not_matter(scale, which):
         assert_near(ours / factor, expected)
 
 
-def test_a_bound_far_away_is_no_bound():
-    far = torch.where(ACTIVE, PROGRAM[-1], torch.full_like(PROGRAM[-1], 1e12))
+@pytest.mark.parametrize("distance", [1e6, 1e12, 1e18])
+def test_a_bound_far_away_is_no_bound(distance):
+    far = torch.where(ACTIVE, PROGRAM[-1], torch.full_like(PROGRAM[-1], distance))
     q = PROGRAM[1].clone().requires_grad_()
     value = layer(PROGRAM[0], q, *PROGRAM[2:5], far)
     assert_near(value, ORACLE(*PROGRAM))
     weights = normal(N + P + M, seed=70)
     (g,) = torch.autograd.grad(value, q, weights)
     assert_near(g, jacrev(ORACLE, argnums=1)(*PROGRAM).T @ weights)
+
+
+@pytest.mark.parametrize("distance", [1e12, 1e300])
+@pytest.mark.parametrize("curved", [True, False], ids=["quadratic", "linear"])
+def test_far_bounds_beside_others_in_many_lanes(curved, distance):
+    Q, q, A, b, G, h = random_program(160, 20, n=5, p=1, m=8)
+    box = torch.eye(5, dtype=F64).expand(20, 5, 5)
+    G, h = torch.cat([G, box, -box], -2), torch.cat([h, torch.full((20, 10), 5.0, dtype=F64)], -1)
+    Q = Q * curved
+    without = il.quadratic_program(Q, q, A, b, G[:, 2:], h[:, 2:]).value
+    far = h.clone()
+    far[:, :2] = distance
+    assert_near(il.quadratic_program(Q, q, A, b, G, far).value.x, without.x, 1e-9)
 
 
 def test_projections_onto_simplex_and_box():
@@ -191,6 +159,15 @@ def test_without_inequalities_it_is_one_linear_solve():
     assert_near(free.x, -torch.linalg.solve(Q, q))
 
 
+def test_inference_mode_and_what_was_made_in_it():
+    with torch.inference_mode():
+        program = [t.clone() for t in PROGRAM]
+        assert_near(layer(*program), ORACLE(*PROGRAM))
+    q = PROGRAM[1].clone().requires_grad_()
+    (g,) = torch.autograd.grad(layer(program[0], q, *program[2:]).sum(), q)
+    assert_near(g, jacrev(ORACLE, argnums=1)(*PROGRAM).sum(0))
+
+
 def test_single_precision_reaches_its_floor():
     program = [t.float() for t in PROGRAM]
     value = layer(*program)
@@ -199,222 +176,6 @@ def test_single_precision_reaches_its_floor():
     assert_near(value.double(), ORACLE(*PROGRAM), 1e-5)
     ours = jacrev(layer, argnums=1)(*program)
     assert_near(ours.double(), jacrev(ORACLE, argnums=1)(*PROGRAM), 1e-5)
-
-
-# --- derivatives ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", [jacrev, jacfwd])
-def test_all_six_first_derivatives_against_the_active_set(mode):
-    for name, ours, expected in zip(
-        NAMES, mode(layer, argnums=ALL)(*PROGRAM), jacrev(ORACLE, argnums=ALL)(*PROGRAM), strict=True
-    ):
-        assert expected.abs().max() > 1e-2, name
-        assert_near(ours, expected)
-
-
-@pytest.mark.parametrize("which", ALL, ids=NAMES)
-def test_first_derivatives_against_finite_differences(which):
-    direction, step = normal(*PROGRAM[which].shape, seed=90), 1e-5
-    program = list(PROGRAM)
-
-    def moved(t):
-        program[which] = PROGRAM[which] + t * direction
-        return layer(*program)
-
-    difference = (moved(step) - moved(-step)) / (2 * step)
-    _, ours = jvp(lambda t: layer(*PROGRAM[:which], t, *PROGRAM[which + 1 :]), (PROGRAM[which],), (direction,))
-    # Truncation, step² times third derivatives of up to a hundred, and rounding over the step.
-    assert_near(ours, difference, 1e-7)
-
-
-def scalar(f):
-    weights = normal(N + P + M, seed=91)
-    return lambda *program: (f(*program) * weights).sin().sum()
-
-
-@pytest.mark.parametrize(
-    "second",
-    [
-        hessian,
-        lambda f, argnums: jacrev(jacrev(f, argnums), argnums),
-        lambda f, argnums: jacfwd(jacfwd(f, argnums), argnums),
-    ],
-    ids=["forward-reverse", "reverse-reverse", "forward-forward"],
-)
-def test_all_second_derivatives_against_the_active_set(second):
-    ours = second(scalar(layer), ALL)(*PROGRAM)
-    expected = jacrev(jacrev(scalar(ORACLE), ALL), ALL)(*PROGRAM)
-    for mine, theirs in zip(ours, expected, strict=True):
-        for block, reference in zip(mine, theirs, strict=True):
-            assert_near(block, reference, 1e-8)
-
-
-def test_double_backward_against_finite_differences():
-    leaf, direction, step = PROGRAM[0].clone().requires_grad_(), normal(N, N, seed=92), 1e-5
-
-    def slope(Q):
-        return torch.autograd.grad(scalar(layer)(Q, *PROGRAM[1:]), Q, create_graph=True)[0]
-
-    (ours,) = torch.autograd.grad((slope(leaf) * direction).sum(), leaf)
-    ahead, behind = (slope((leaf.detach() + t * direction).requires_grad_()) for t in (step, -step))
-    assert_near(ours, ((ahead - behind) / (2 * step)).detach(), 1e-6)
-
-
-def test_the_derivative_in_Q_is_symmetric_and_only_its_symmetric_part_counts():
-    skew = normal(N, N, seed=93) * 1e-3
-    skew = skew - skew.mT
-    assert_near(layer(PROGRAM[0] + skew, *PROGRAM[1:]), layer(*PROGRAM))
-    g = grad(lambda Q: layer(Q, *PROGRAM[1:]).sum())(PROGRAM[0])
-    assert_near(g, g.mT, 1e-14)
-
-
-def test_multipliers_are_the_prices_of_the_right_hand_sides():
-    def value(b, h):
-        x = il.quadratic_program(*PROGRAM[:3], b, PROGRAM[4], h).value.x
-        return x @ PROGRAM[0] @ x / 2 + PROGRAM[1] @ x
-
-    db, dh = grad(value, argnums=(0, 1))(PROGRAM[3], PROGRAM[5])
-    _, nu, lam = layer(*PROGRAM).split([N, P, M])
-    assert_near(db, -nu)
-    assert_near(dh, -lam)
-
-
-def test_inside_an_argmin_it_is_differentiated_through():
-    # The inner solution, x₁ = t and x₂ = 0, is known; the outer minimum of (t - 1)² + θ t is at 1 - θ/2.
-    eye, zero = torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64)
-
-    def objective(t, theta):
-        x = il.quadratic_program(eye, torch.stack([-t, 0 * t + 1]), G=-eye, h=zero).value.x
-        return (x[0] - 1) ** 2 + theta * x[0]
-
-    def outer(theta):
-        solver = il.Newton(rtol=1e-12)
-        return il.argmin(objective, torch.tensor(0.5, dtype=F64), theta, solver=solver).value
-
-    theta = torch.tensor(0.4, dtype=F64)
-    assert_near(outer(theta), torch.tensor(0.8, dtype=F64))
-    assert_near(grad(outer)(theta), torch.tensor(-0.5, dtype=F64))
-
-
-# --- lanes ------------------------------------------------------------------------------------------------------------
-
-
-def test_shared_tensors_get_the_sum_and_lanes_broadcast():
-    Q, _, A, b, G, h = PROGRAM
-    q = normal(2, 3, N, seed=100)
-    h = h + normal(3, M, seed=101).abs()
-    program = (Q, q, A[None], b, G.expand(2, 1, M, N), h)
-
-    def by_hand(f):
-        rows = [f(Q, q[i, j], A, b, G, h[j]) for i in range(2) for j in range(3)]
-        return torch.stack(rows).reshape(2, 3, -1)
-
-    solution = il.quadratic_program(*program)
-    assert solution.status.shape == solution.stats.steps.shape == (2, 3)
-    assert_near(layer(*program), by_hand(layer))
-    ours = grad(lambda Q, h: layer(Q, q, A[None], b, program[4], h).sin().sum(), argnums=(0, 1))(Q, h)
-    shared = [
-        grad(lambda Q, h, i=i, j=j: layer(Q, q[i, j], A, b, G, h).sin().sum(), argnums=(0, 1))(Q, h[j])
-        for i in range(2)
-        for j in range(3)
-    ]
-    assert_near(ours[0], sum(g for g, _ in shared))
-    assert_near(ours[1], torch.stack([g for _, g in shared]).reshape(2, 3, M).sum(0))
-
-
-def test_vmap_over_one_tensor_over_all_and_over_native_lanes():
-    program = random_program(110, 3)
-    assert_near(vmap(layer)(*program), layer(*program))
-    q = normal(3, N, seed=111)
-    assert_near(
-        vmap(lambda q: layer(PROGRAM[0], q, *PROGRAM[2:]))(q), each(lambda q: layer(PROGRAM[0], q, *PROGRAM[2:]), q)
-    )
-    several = torch.stack([PROGRAM[3], PROGRAM[3] + 0.01])
-    nested = vmap(lambda b: layer(PROGRAM[0], q, *PROGRAM[2:3], b, *PROGRAM[4:]))(several)
-    assert nested.shape == (2, 3, N + P + M)
-    assert_near(nested[1], each(lambda q: layer(PROGRAM[0], q, PROGRAM[2], several[1], *PROGRAM[4:]), q))
-
-
-def test_jacobians_of_all_lanes_at_once():
-    program = random_program(110, 3)
-    ours = vmap(jacrev(layer, argnums=(1, 5)))(*program)
-    forward = vmap(jacfwd(layer, argnums=(1, 5)))(*program)
-    for lane in range(3):
-        single = [t[lane] for t in program]
-        oracle = active_set_solution(layer(*single)[N + P :] > 0)
-        for mine, also, expected in zip(ours, forward, jacrev(oracle, argnums=(1, 5))(*single), strict=True):
-            assert_near(mine[lane], expected, 1e-8)
-            assert_near(also[lane], expected, 1e-8)
-
-
-def failing_lanes():
-    """Lanes 1 to 4 are infeasible, not convex, unbounded and NaN; 0 and 5 are fine."""
-    Q = torch.eye(2, dtype=F64).repeat(6, 1, 1)
-    q = normal(6, 2, seed=120)
-    G = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=F64)
-    h = torch.ones(6, 2, dtype=F64)
-    h[1] = torch.tensor([-1.0, 0.5], dtype=F64)
-    Q[2, 1, 1] = -1
-    Q[3], q[3] = 0, torch.tensor([1.0, -1.0], dtype=F64)
-    q[4, 0] = torch.nan
-    return Q, q, None, None, G, h
-
-
-FAILURES = {1: "INFEASIBLE", 2: "INDEFINITE", 3: "UNBOUNDED", 4: "NON_FINITE"}
-
-
-def test_lanes_fail_alone():
-    Q, q, _, _, G, h = failing_lanes()
-    solution = il.quadratic_program(*failing_lanes(), on_failure="ignore")
-    statuses = {lane: il.Status(int(code)).name for lane, code in enumerate(solution.status)}
-    assert statuses == {0: "CONVERGED", 5: "CONVERGED", **FAILURES}
-    for lane in (0, 5):
-        assert_near(solution.value.x[lane], il.quadratic_program(Q[lane], q[lane], G=G, h=h[lane]).value.x, 1e-14)
-    marked = il.quadratic_program(*failing_lanes(), on_failure="nan").value.x
-    assert marked[[1, 2, 3, 4]].isnan().all()
-    assert_near(marked[[0, 5]], solution.value.x[[0, 5]], 0)
-    with pytest.raises(il.SolveError, match=r"failed in 4 of 6 lanes") as error:
-        il.quadratic_program(*failing_lanes())
-    for lane, name in FAILURES.items():
-        assert f"lane {lane}: {name}" in str(error.value)
-        assert il.Status[name].remedy in str(error.value)
-    with pytest.warns(il.SolveWarning, match="INFEASIBLE"):
-        il.quadratic_program(*failing_lanes(), on_failure="warn")
-
-
-def test_good_lanes_are_differentiated_beside_bad_ones():
-    Q, q, _, _, G, h = failing_lanes()
-    keep = [0, 1, 5]
-    shared = G.clone().requires_grad_()
-    adjoint = il.Implicit(il.Dense(), on_failure="ignore")
-    x = il.quadratic_program(Q[keep], q[keep], G=shared, h=h[keep], adjoint=adjoint, on_failure="ignore").value.x
-    (g,) = torch.autograd.grad(x[[0, 2]].sin().sum(), shared)
-    expected = grad(lambda G: il.quadratic_program(Q[[0, 5]], q[[0, 5]], G=G, h=h[[0, 5]]).value.x.sin().sum())(G)
-    assert_near(g, expected)
-
-
-@pytest.mark.parametrize("gap", [1.0, 1e-3, 1e-6])
-def test_contradictions_are_found_however_small(gap):
-    one = torch.ones(1, dtype=F64)
-    G = torch.tensor([[1.0], [-1.0]], dtype=F64)
-    touching = il.quadratic_program(one[None], one, G=G, h=torch.tensor([1.0, gap - 1], dtype=F64))
-    assert touching.status == il.Status.CONVERGED
-    contradiction = torch.tensor([1.0, -1 - gap], dtype=F64)
-    apart = il.quadratic_program(one[None], one, G=G, h=contradiction, on_failure="ignore")
-    assert apart.status == il.Status.INFEASIBLE
-    equations = il.quadratic_program(one[None], one, -G, contradiction, on_failure="ignore")
-    # Equations that differ by so little that their multipliers cannot tell from rounding are not called infeasible.
-    assert equations.status == (il.Status.INFEASIBLE if gap > 1e-5 else il.Status.STALLED)
-
-
-def test_the_step_limit_is_kept_and_a_fixed_number_of_steps_is_not_checked():
-    first = il.quadratic_program(*PROGRAM, solver=il.InteriorPoint(max_steps=1), on_failure="ignore")
-    assert first.stats.steps == 1
-    fixed = il.quadratic_program(*PROGRAM, solver=il.InteriorPoint(rtol=None, atol=None, max_steps=40))
-    assert fixed.status == il.Status.NOT_CHECKED
-    assert fixed.stats.steps == 40
-    assert_near(torch.cat(fixed.value), ORACLE(*PROGRAM))
 
 
 # --- where there is no derivative -------------------------------------------------------------------------------------
@@ -454,6 +215,16 @@ def test_the_solve_succeeds_and_the_derivative_says_singular(program):
     assert solution.adjoint.status == il.Status.SINGULAR
 
 
+def test_rounding_of_slack_and_multiplier_is_no_strict_complementarity():
+    # The free minimizer lies on the constraint, and its entries are of order a thousand.
+    Q, q, _, _, G, _ = random_program(140, 20, n=3, p=0, m=1)
+    q = (300 * q).requires_grad_()
+    h = times(G, -torch.linalg.solve(Q, q.detach()))
+    solution = il.quadratic_program(Q, q, G=G, h=h, adjoint=il.Implicit(il.Dense(), on_failure="ignore"))
+    solution.value.x.sum().backward()
+    assert (solution.adjoint.status == il.Status.SINGULAR).all()
+
+
 def test_the_report_of_the_derivative():
     q = PROGRAM[1].clone().requires_grad_()
     solution = il.quadratic_program(PROGRAM[0], q, *PROGRAM[2:])
@@ -462,45 +233,6 @@ def test_the_report_of_the_derivative():
     assert solution.adjoint.status == il.Status.CONVERGED
     assert solution.adjoint.residual < 1e-13
     assert solution.adjoint.damping == 0.0
-
-
-# --- misuse -----------------------------------------------------------------------------------------------------------
-
-Q2, ROW = torch.eye(2, dtype=F64), torch.ones(1, 2, dtype=F64)
-MISUSES = {
-    "half an equation": (dict(A=ROW), ["one of A and b is None", "both, or neither"]),
-    "half an inequality": (dict(h=ZERO), ["one of G and h is None"]),
-    "a number": (dict(A=ROW, b=1.0), ["b is a float", "torch.tensor"]),
-    "a list": (dict(G=[[1.0, 1.0]], h=ZERO[:1]), ["G is a list"]),
-    "another shape of Q": (dict(Q=torch.eye(3, dtype=F64)), ["Q has shape (3, 3)", "[..., 2, 2]"]),
-    "a vector for a matrix": (dict(A=ZERO, b=ZERO[:1]), ["A has shape (2,)", "[..., "]),
-    "a row too many": (dict(G=ROW, h=ZERO), ["h has shape (2,)", "[..., 1]"]),
-    "lanes that do not broadcast": (
-        dict(q=torch.zeros(3, 2, dtype=F64), Q=Q2.repeat(2, 1, 1)),
-        ["do not broadcast", "Q (2,)", "q (3,)"],
-    ),
-    "no lanes": (dict(q=torch.zeros(0, 2, dtype=F64)), ["(0,)", "no problem"]),
-    "nothing to solve for": (dict(q=ZERO[:0], Q=Q2[:0, :0]), ["no elements"]),
-    "no vector": (dict(q=ZERO[0]), ["q is no vector"]),
-    "half precision": (dict(q=ZERO.half()), ["float16", "float32 or float64"]),
-    "integers": (dict(q=torch.zeros(2, dtype=torch.int64)), ["int64", "float32 or float64"]),
-    "two dtypes": (dict(Q=Q2.float()), ["Q is torch.float32", "one dtype"]),
-    "a triangle": (dict(Q=torch.tensor([[4.0, 1.0], [0.0, 2.0]], dtype=F64)), ["Q is not symmetric", "full matrix"]),
-    "a triangle in one lane": (dict(Q=torch.stack([Q2, Q2 + Q2.flip(0).triu()])), ["not symmetric in 1 lanes"]),
-    "a solver of another kind": (dict(solver=il.Newton()), ["solver is Newton", "no InteriorPoint"]),
-    "a solver class": (dict(solver=il.InteriorPoint), ["the class InteriorPoint", "instance"]),
-    "an adjoint of another kind": (dict(adjoint=il.Unrolled()), ["adjoint is Unrolled", "Implicit("]),
-    "no adjoint": (dict(adjoint=il.CG()), ["no Adjoint"]),
-    "a symmetric linear solver": (dict(adjoint=il.Implicit(il.CG())), ["CG solves symmetric systems only", "Dense()"]),
-    "gauss-newton": (dict(adjoint=il.Implicit(curvature="gauss_newton")), ["gauss_newton", "leave curvature out"]),
-    "a policy": (dict(on_failure="print"), ["on_failure is 'print'"]),
-}
-
-
-@pytest.mark.parametrize(("change", "words"), MISUSES.values(), ids=MISUSES.keys())
-def test_calls_that_cannot_mean_what_they_say(change, words):
-    with pytest.raises(il.MisuseError, match="(?s)" + ".*".join(map(re.escape, words))):
-        il.quadratic_program(**{"Q": Q2, "q": ZERO, **change})
 
 
 # --- other libraries --------------------------------------------------------------------------------------------------

@@ -214,8 +214,11 @@ class _Run:
                 value.copy_(tensors[f"theta.{name}"])
         if numbers["meta_step"]:
             keys = ("step", "exp_avg", "exp_avg_sq")
+            # A parameter that cancels, as a bias before a normalisation does, may have had no gradient and so no state.
             state = {
-                index: {key: tensors[f"adam.{name}.{key}"] for key in keys} for index, name in enumerate(self.theta)
+                index: {key: tensors[f"adam.{name}.{key}"] for key in keys}
+                for index, name in enumerate(self.theta)
+                if f"adam.{name}.step" in tensors
             }
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -7,8 +7,9 @@ Where this differs from the textbook and from SciPy's `cg`:
 - pᵀAp is watched. Where it is not positive the operator is not positive definite, the recurrence means nothing, and the
   lane stops at the iterate it has, with the status INDEFINITE (or SINGULAR where A p vanishes). In contrast to
   truncated Newton methods no step along the direction of negative curvature is taken.
-- The tolerance is never below what the floating-point type can reach, and a residual that has stopped falling ends the
-  lane with STALLED.
+- The tolerance is never below what the floating-point type can reach, and a lane that has stopped gaining ends with
+  STALLED. What CG lowers in every step is the energy xᵀAx/2 - bᵀx; the residual of an ill-conditioned system may rise
+  for hundreds of steps before it falls.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from implicitlayers.certificate import Lanczos
 from implicitlayers.linear.krylov import System, scaled, verdict
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Precondition, Preconditioner
@@ -37,9 +39,11 @@ class _State(NamedTuple):
     residual: Tensor
     best: Tensor
     since_best: Tensor
+    energy: Tensor
     curvature_min: Tensor
     curvature_max: Tensor
     broken: Tensor
+    lanczos: Lanczos
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,11 @@ class CG(LinearSolver):
         system = scaled(operator, b, x0, self.rtol, self.atol, self.preconditioner)
         end = iterate(_ConjugateGradients(), system, system.start, self.max_steps, look=self.looks)
         s: _State = end.state
-        return LinearSolution(s.x * system.scale, end.status, end.steps, s.residual, s.curvature_min, s.curvature_max)
+        # With a preconditioner the Lanczos matrix is that of another operator.
+        smallest = s.lanczos.smallest()
+        smallest = smallest if self.preconditioner is None else torch.full_like(smallest, torch.nan)
+        x = s.x * system.scale
+        return LinearSolution(x, end.status, end.steps, s.residual, s.curvature_min, s.curvature_max, smallest)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ class _ConjugateGradients(Algorithm[System, _State]):
         z, rz, residual = _precondition(problem, r)
         nan = torch.full_like(residual, torch.nan)
         steady = torch.zeros_like(residual, dtype=torch.int64)
-        return _State(x, r, z, rz, residual, residual, steady, nan, nan, torch.full_like(steady, RUNNING))
+        none, broken = torch.zeros_like(residual), torch.full_like(steady, RUNNING)
+        return _State(x, r, z, rz, residual, residual, steady, none, nan, nan, broken, Lanczos.begin(residual))
 
     def step(self, problem: System, state: _State) -> _State:
         x, r, p, rz = state.x, state.r, state.p, state.rz
@@ -96,29 +105,36 @@ class _ConjugateGradients(Algorithm[System, _State]):
         curvature = pAp / torch.where(pp <= 0, 1, pp)
         broken = _breakdown(state, curvature, pAp, (ApAp / torch.where(pp <= 0, 1, pp)).sqrt(), done)
         moves = (broken == RUNNING) & ~done
-        alpha = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype).unsqueeze(-1)
+        length = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype)
+        alpha = length.unsqueeze(-1)
         # In a broken lane alpha is zero and p finite, so x stays; r may become NaN there, and is of no further use.
         x = torch.addcmul(x, alpha, p)
         r = torch.addcmul(r, alpha, Ap, value=-1)
         z, rz_next, residual = _precondition(problem, r)
-        beta = torch.where(moves, rz_next / torch.where(moves, rz, 1), 0).to(x.dtype).unsqueeze(-1)
-        p = torch.where(moves.unsqueeze(-1), torch.addcmul(z, beta, p), p)
-        better = residual < 0.999 * state.best
+        beta = torch.where(moves, rz_next / torch.where(moves, rz, 1), 0).to(x.dtype)
+        p = torch.where(moves.unsqueeze(-1), torch.addcmul(z, beta.unsqueeze(-1), p), p)
+        # Twice what the step has lowered the energy by, and what all steps have.
+        gain = (alpha.squeeze(-1) * rz).detach()
+        energy = state.energy + gain
+        lower = residual < 0.999 * state.best
+        better = lower | (gain > torch.finfo(x.dtype).eps ** 0.75 * energy)
         seen = ~done & torch.isfinite(curvature)
         curvature = curvature.to(x.dtype)
         return _State(
             x, r, p,
             torch.where(moves, rz_next, rz),
             torch.where(broken == RUNNING, residual, state.residual),
-            torch.where(better, residual, state.best),
+            torch.where(lower, residual, state.best),
             torch.where(better, 0, state.since_best + 1),
+            energy.to(x.dtype),
             torch.where(seen, torch.fmin(state.curvature_min, curvature), state.curvature_min),
             torch.where(seen, torch.fmax(state.curvature_max, curvature), state.curvature_max),
             broken,
+            state.lanczos.advance(length, beta),
         )  # fmt: skip
 
     def terminate(self, problem: System, state: _State) -> Tensor:
-        # In exact arithmetic n steps are enough; a residual that has not fallen for as long is held up by rounding.
+        # In exact arithmetic n steps are enough; a lane that has gained nothing for as long is held up by rounding.
         patience = min(state.x.shape[-1], 200) + 20
         return verdict(state.broken, state.since_best, patience, state.residual, problem.tolerance)
 

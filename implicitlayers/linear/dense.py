@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,9 @@ class Dense(LinearSolver):
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         A = torch.where(bad[..., None, None], eye, A)
         if operator.positive_definite:
-            x, singular, indefinite = _by_cholesky(A, b)
+            x, singular, indefinite, inverse = _by_cholesky(A, b)
         else:
-            x, singular = _by_lu(A, b)
+            x, singular, inverse = _by_lu(A, b)
             indefinite = torch.zeros_like(singular)
         x = torch.where((singular | bad)[..., None], torch.zeros_like(x), x)
         if operator.minimizing and not operator.positive_definite:
@@ -53,18 +54,27 @@ class Dense(LinearSolver):
         status = torch.where(indefinite, torch.full_like(status, Status.INDEFINITE), status)
         status = torch.where(bad, torch.full_like(status, Status.NON_FINITE), status)
         unseen = torch.full_like(residual, torch.nan)
-        return LinearSolution(x, status, torch.ones_like(status), residual, unseen, unseen)
+        smallest = torch.where(singular, torch.zeros_like(residual), _smallest(inverse, x))
+        return LinearSolution(x, status, torch.ones_like(status), residual, unseen, unseen, smallest)
 
 
-def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The solution, and the mask of the lanes whose matrix is singular to rounding."""
+_Inverse = Callable[[Tensor, bool], Tensor]
+"""y ↦ A⁻¹ y, or A⁻ᵀ y where the second argument is true."""
+
+
+def _by_lu(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, _Inverse]:
+    """The solution, the mask of the lanes whose matrix is singular to rounding, and the inverse."""
     LU, pivots, _ = torch.linalg.lu_factor_ex(A)
     singular = _negligible(LU.detach().diagonal(dim1=-2, dim2=-1).abs())
     LU = torch.where(singular[..., None, None], torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), LU)
-    return torch.linalg.lu_solve(LU, pivots, b.unsqueeze(-1)).squeeze(-1), singular
+
+    def inverse(y: Tensor, transposed: bool) -> Tensor:
+        return torch.linalg.lu_solve(LU, pivots, y.unsqueeze(-1), adjoint=transposed).squeeze(-1)
+
+    return inverse(b, False), singular, inverse
 
 
-def _by_cholesky(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_cholesky(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, _Inverse]:
     """The same with the mask of the lanes that are not positive semidefinite; zero in both kinds."""
     L, info = torch.linalg.cholesky_ex(A.detach())
     fails = info != 0
@@ -73,8 +83,27 @@ def _by_cholesky(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Factorized again with the failing lanes replaced, so that their derivative is zero and not NaN.
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     L = torch.linalg.cholesky_ex(torch.where(failing[..., None, None], eye, A))[0]
-    x = torch.cholesky_solve(b.unsqueeze(-1), L).squeeze(-1)
-    return torch.where(failing[..., None], torch.zeros_like(x), x), singular, fails
+
+    def inverse(y: Tensor, transposed: bool) -> Tensor:
+        return torch.cholesky_solve(y.unsqueeze(-1), L).squeeze(-1)
+
+    x = inverse(b, False)
+    return torch.where(failing[..., None], torch.zeros_like(x), x), singular, fails, inverse
+
+
+def _smallest(inverse: _Inverse, x: Tensor) -> Tensor:
+    """Estimate of the smallest singular value, from above: inverse iteration on AᵀA from the solution x = A⁻¹b.
+
+    A⁻¹ has turned x towards the singular vector in question already, so that one round is enough for the one digit that
+    an estimate needs (Higham 2002, section 15.2).
+    """
+    x = x.detach()
+    y = torch.where((x != 0).any(-1, keepdim=True), x, torch.ones_like(x))
+    growth = norm(y)
+    for transposed in (True, False):
+        y = inverse(y / growth.unsqueeze(-1), transposed).detach()
+        growth = norm(y)
+    return 1 / growth
 
 
 def _negligible(pivots: Tensor) -> Tensor:

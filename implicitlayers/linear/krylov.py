@@ -187,7 +187,8 @@ def report(system: System, x: Tensor, end: Finished, course: Course, *, verify: 
         bad = (uphill | curved) & (status != Status.NON_FINITE)
         status = torch.where(bad, torch.full_like(status, Status.INDEFINITE), status)
         x = torch.where((uphill & bad).unsqueeze(-1), system.b, x)
-    return LinearSolution(x * system.scale, status, end.steps, residual, course.low, course.high)
+    unknown = torch.full_like(course.low, torch.nan)
+    return LinearSolution(x * system.scale, status, end.steps, residual, course.low, course.high, unknown)
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:

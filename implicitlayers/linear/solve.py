@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class LinearSolution(NamedTuple):
         residual: ``[*lanes]``, norm of A x - b relative to the norm of b.
         curvature_min: ``[*lanes]``, smallest Rayleigh quotient pᵀAp / pᵀp met; NaN where none was.
         curvature_max: ``[*lanes]``, the largest.
+        smallest: ``[*lanes]``, estimate of the smallest singular value of A; NaN or None where the method has none.
     """
 
     x: Tensor
@@ -31,6 +33,7 @@ class LinearSolution(NamedTuple):
     residual: Tensor
     curvature_min: Tensor
     curvature_max: Tensor
+    smallest: Tensor | None = None
 
 
 class LinearSolver(ABC):
@@ -56,6 +59,12 @@ class LinearSolver(ABC):
     @abstractmethod
     def looks(self) -> bool:
         """Whether the solver looks at values, so that its status means something; False for a fixed number of steps."""
+
+    def with_tolerance(self, rtol: float) -> LinearSolver:
+        """The same method with another tolerance; itself where it has none, as a direct or a fixed-step method."""
+        if getattr(self, "rtol", None) is None:
+            return self
+        return replace(self, rtol=rtol, atol=0.0)  # type: ignore[type-var]
 
 
 def check_right_hand_side(b: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitlayers.kkt import Point, Program, Saddle, matvec
+from implicitlayers.kkt import KKTPoint, Program, Saddle, matvec
 from implicitlayers.loop import Algorithm
 from implicitlayers.status import RUNNING, Status
 
@@ -18,8 +18,8 @@ __all__ = ["ActiveSet", "ActiveState"]
 class ActiveState(NamedTuple):
     """The last point and the best one, how far from optimal that is, and whether the last point kept its active set."""
 
-    z: Point
-    best: Point
+    z: KKTPoint
+    best: KKTPoint
     violation: Tensor
     settled: Tensor
 
@@ -35,7 +35,7 @@ class ActiveSet(Algorithm[Program, ActiveState]):
     """
 
     def init(self, problem: Program, x: Tensor) -> ActiveState:
-        z = Point.split(x, *problem.counts)
+        z = KKTPoint.split(x, *problem.counts)
         violation = problem.violation(z)
         return ActiveState(z, z, violation, torch.zeros_like(violation, dtype=torch.bool))
 
@@ -56,11 +56,11 @@ class ActiveSet(Algorithm[Program, ActiveState]):
         rhs = torch.cat([-problem.q.expand_as(z.x), problem.b.expand_as(z.nu), active * problem.h], dim=-1)
         # From where we are: of many multipliers of dependent constraints, those next to the ones we have.
         moved = Saddle.factor(K, n).solve(rhs - matvec(K, z.join()), 3)
-        found = Point.split(z.join() + moved, p, m)
+        found = KKTPoint.split(z.join() + moved, p, m)
         found = found._replace(lam=torch.where(active, found.lam, torch.zeros_like(found.lam)))
         violation = problem.violation(found)
         better = (violation < state.violation).unsqueeze(-1)
-        best = Point(*(torch.where(better, new, old) for new, old in zip(found, state.best, strict=True)))
+        best = KKTPoint(*(torch.where(better, new, old) for new, old in zip(found, state.best, strict=True)))
         settled = (_active(problem, found) == active).all(-1)
         return ActiveState(found, best, torch.fmin(violation, state.violation), settled)
 
@@ -70,6 +70,6 @@ class ActiveSet(Algorithm[Program, ActiveState]):
         return torch.where(done, int(Status.CONVERGED), RUNNING)
 
 
-def _active(problem: Program, z: Point) -> Tensor:
+def _active(problem: Program, z: KKTPoint) -> Tensor:
     """Mask ``[*lanes, m]`` of the inequalities that z takes for equations."""
     return z.lam > problem.h - matvec(problem.G, z.x)

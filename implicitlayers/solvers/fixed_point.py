@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitlayers.loop import check_tolerances, dot, norm
+from implicitlayers.loop import check_tolerances, dot, freeze, norm
 from implicitlayers.problem import Bound, Kind
 from implicitlayers.solver import Progress, Solver
 from implicitlayers.status import RUNNING, MisuseError, Status
@@ -202,9 +202,15 @@ class Broyden(Solver[_Remembering]):
         s, y = new.x - old.x, new.F - old.F
         Hy, sH = self._apply(pairs, y), self._apply([(v, u) for u, v in pairs], s)
         curve = dot(s, Hy)
-        good = curve.abs() > torch.finfo(s.dtype).eps * (dot(s, s) * dot(Hy, Hy)).detach().sqrt()
+        eps = torch.finfo(s.dtype).eps
+        # A step of rounding size says nothing about the Jacobian.
+        good = (curve.abs() > eps * norm(s) * norm(Hy)) & (norm(s) > 16 * eps * norm(new.x))
         weight = torch.where(good, 1 / torch.where(good, curve, torch.ones_like(curve)), torch.zeros_like(curve))
-        return _Remembering(new, state.memory.keep((weight.unsqueeze(-1) * (s - Hy), sH), self.memory))
+        kept = state.memory.keep((weight.unsqueeze(-1) * (s - Hy), sH), self.memory)
+        if len(pairs) == self.memory:
+            # A lane that learned nothing forgets nothing.
+            kept = _Memory(freeze(good, kept.pairs, pairs))
+        return _Remembering(new, kept)
 
     def terminate(self, problem: Bound, state: _Remembering) -> Tensor:
         assert state.iterate.progress is not None

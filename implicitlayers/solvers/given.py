@@ -99,18 +99,22 @@ class BestSoFar(Solver[_Best]):
 
     @property
     def handles(self) -> frozenset[Kind]:  # type: ignore[override]
+        """The kinds of problem that the other solver is made for."""
         return self.solver.handles
 
     @property
     def rtol(self) -> float | None:  # type: ignore[override]
+        """The other solver's."""
         return self.solver.rtol
 
     @property
     def atol(self) -> float | None:  # type: ignore[override]
+        """The other solver's."""
         return self.solver.atol
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]
+        """The other solver's."""
         return self.solver.max_steps
 
     def start(self, x0: Tree) -> Tree:
@@ -143,6 +147,9 @@ class BestSoFar(Solver[_Best]):
 
     def pairs(self, state: _Best) -> Sequence[tuple[Tensor, Tensor]]:
         return self.solver.pairs(state.inner)
+
+    def with_tolerance(self, atol: float) -> BestSoFar:
+        return BestSoFar(self.solver.with_tolerance(atol))
 
     def count(self, state: _Best, steps: Tensor) -> Tensor:
         return self.solver.count(state.inner, steps)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitlayers.kkt import Point, Program, Saddle, matvec
+from implicitlayers.kkt import KKTPoint, Program, Saddle, matvec
 from implicitlayers.loop import Algorithm, check_tolerances, freeze
 from implicitlayers.status import RUNNING, Status
 
@@ -16,6 +16,9 @@ __all__ = ["InteriorPoint", "InteriorState"]
 
 # Steps without progress after which a lane has stalled. A lane that runs away makes none until its certificate holds.
 _PATIENCE = 15
+
+# Of the tolerance, which is at least 1000 ε: what is left is rounding.
+_EXACT = 4e-3
 
 
 class _Residuals(NamedTuple):
@@ -34,13 +37,13 @@ class InteriorState(NamedTuple):
         z: x, ν and λ.
         s: slack, which is h - Gx in the end.
         residuals: at this point.
-        error: the residuals and the gap, relative to the size of the terms that cancel in them.
+        error: the largest of residuals and gap, each over its tolerance.
         best: smallest error so far.
         idle: steps since it fell.
         sound: whether the lane's Q is positive semidefinite.
     """
 
-    z: Point
+    z: KKTPoint
     s: Tensor
     residuals: _Residuals
     error: Tensor
@@ -64,15 +67,15 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
     every multiplier, is larger than 1/√ε in the units of the data; ε is the machine epsilon.
 
     Args:
-        rtol: a lane has converged when stationarity, both kinds of constraint and the duality gap hold to this, relative
-            to the terms that cancel in them. At least 1000 ε is taken: the elimination of slacks costs digits, which the
-            search for the active set brings back.
-        atol: the same in absolute terms, for an objective and for rows of order one, to which the data are scaled.
+        rtol: a lane has converged when stationarity, both kinds of constraint and the duality gap hold to
+            atol + rtol·s, s being the size of the terms that cancel in them. At least 1000 ε is taken: eliminating the
+            slacks costs digits, which the search for the active set brings back.
+        atol: see `rtol`; in units in which solution, objective and rows are of order one. Likewise at least 1000 ε.
         max_steps: limit on the steps, or their exact number with ``rtol=atol=None``.
     """
 
-    rtol: float | None = 1e-8
-    atol: float | None = 1e-8
+    rtol: float | None = 1e-9
+    atol: float | None = 1e-9
     max_steps: int = 60
 
     def __post_init__(self) -> None:
@@ -83,21 +86,21 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
         """Whether convergence is checked."""
         return self.rtol is not None
 
-    def tolerance(self, like: Tensor) -> Tensor:
-        """The error at which a lane has converged."""
-        least = 1000 * torch.finfo(like.dtype).eps
-        return like.new_tensor(least if self.rtol is None else max(self.rtol, self.atol or 0.0, least))
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Relative and absolute tolerance in this precision."""
+        least = 1000 * torch.finfo(dtype).eps
+        return max(self.rtol or 0.0, least), max(self.atol or 0.0, least)
 
     def init(self, problem: Program, x: Tensor) -> InteriorState:
         n, p = problem.q.shape[-1], problem.counts[0]
-        # The minimum of ½ xᵀQx + qᵀx + ½‖Gx - h‖² subject to Ax = b, whose residual h - Gx guesses slack and multiplier.
+        # The minimum of ½ xᵀQx + qᵀx + ½‖Gx - h‖² subject to Ax = b; its residual h - Gx guesses slack and multiplier.
         ones = torch.ones_like(x[..., n + p :])
         saddle = _factor(problem, ones)
         rhs = torch.cat([matvec(problem.G.mT, problem.h) - problem.q, problem.b], dim=-1)
         start, nu = saddle.solve(rhs.expand(*x.shape[:-1], n + p), 1).split([n, p], dim=-1)
         gap = problem.h - matvec(problem.G, start)
         s, lam = _positive(gap), _positive(-gap)
-        return self._at(problem, Point(start, nu, lam), s, None, problem.convex().expand(x.shape[:-1]))
+        return self._at(problem, KKTPoint(start, nu, lam), s, None, problem.convex().expand(x.shape[:-1]))
 
     def step(self, problem: Program, state: InteriorState) -> InteriorState:
         z, s, r = state.z, state.s, state.residuals
@@ -112,11 +115,11 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
         length = (0.995 * _longest(z.lam, dz.lam, s, ds)).clamp_max(1)
         if z.lam.shape[-1] == 0:
             length = torch.ones_like(length)
-        moved = Point(z.x + length * dz.x, z.nu + length * dz.nu, _keep_positive(z.lam + length * dz.lam))
+        moved = KKTPoint(z.x + length * dz.x, z.nu + length * dz.nu, _keep_positive(z.lam + length * dz.lam))
         new = self._at(problem, moved, _keep_positive(s + length * ds), state, state.sound)
         # Beyond rounding a step leads nowhere, or to NaN; a fixed number of steps must survive that.
-        done = state.error <= 4 * torch.finfo(s.dtype).eps
-        return freeze(~done & torch.isfinite(new.error), new, state._replace(idle=state.idle + 1))
+        useful = (state.error > _EXACT) & (state.idle < _PATIENCE) & torch.isfinite(new.error)
+        return freeze(useful, new, state._replace(idle=state.idle + 1))
 
     def terminate(self, problem: Program, state: InteriorState) -> Tensor:
         def where(mask: Tensor, status: Status) -> Tensor:
@@ -127,25 +130,24 @@ class InteriorPoint(Algorithm[Program, InteriorState]):
         verdict = where(_unbounded(problem, state.z), Status.UNBOUNDED)
         verdict = where(_infeasible(problem, state.z), Status.INFEASIBLE)
         if self.looks:
-            verdict = where(state.error <= self.tolerance(state.error), Status.CONVERGED)
+            verdict = where(state.error <= 1, Status.CONVERGED)
         verdict = where(~torch.isfinite(state.error), Status.NON_FINITE)
         return where(~state.sound, Status.INDEFINITE)
 
-    @staticmethod
-    def _at(problem: Program, z: Point, s: Tensor, old: InteriorState | None, sound: Tensor) -> InteriorState:
+    def _at(self, problem: Program, z: KKTPoint, s: Tensor, old: InteriorState | None, sound: Tensor) -> InteriorState:
         """Evaluate the residuals at a point."""
         Qx, pull = matvec(problem.Q, z.x), problem.pull(z)
         Ax, Gx = matvec(problem.A, z.x), matvec(problem.G, z.x)
         r = _Residuals(Qx + problem.q + pull, Ax - problem.b, Gx + s - problem.h, _mean(z.lam * s))
         value = (z.x * (Qx / 2 + problem.q)).sum(-1)
-        error = torch.stack(
-            [
-                _largest(r.dual) / (1 + torch.maximum(_largest(Qx), _largest(pull))),
-                _largest(r.equality) / (1 + _largest(problem.b)),
-                _largest(r.inequality) / (1 + torch.maximum(_largest(problem.h), _largest(s))),
-                r.gap / (1 + value.abs()),
-            ]
-        ).amax(0)
+        rtol, atol = self.tolerances(s.dtype)
+        parts = (
+            (_largest(r.dual), torch.maximum(_largest(Qx), _largest(pull))),
+            (_largest(r.equality), _largest(problem.b)),
+            (_largest(r.inequality), torch.maximum(_largest(problem.h), _largest(s))),
+            (r.gap, value.abs()),
+        )
+        error = torch.stack([residual / (atol + rtol * terms) for residual, terms in parts]).amax(0)
         if old is None:
             return InteriorState(z, s, r, error, error, torch.zeros_like(error, dtype=torch.int64), sound)
         idle = torch.where(error < 0.9 * old.best, torch.zeros_like(old.idle), old.idle + 1)
@@ -161,14 +163,14 @@ def _factor(problem: Program, weights: Tensor) -> Saddle:
     return Saddle.factor(torch.cat([torch.cat([H, A.mT], dim=-1), bottom], dim=-2), H.shape[-1])
 
 
-def _newton(problem: Program, saddle: Saddle, state: InteriorState, products: Tensor) -> tuple[Point, Tensor]:
+def _newton(problem: Program, saddle: Saddle, state: InteriorState, products: Tensor) -> tuple[KKTPoint, Tensor]:
     """The Newton step that would make all residuals zero and λ ∘ s what it is less `products`."""
     z, s, r = state.z, state.s, state.residuals
     known = (z.lam * r.inequality - products) / s
     rhs = torch.cat([-r.dual - matvec(problem.G.mT, known), -r.equality], dim=-1)
     dx, dnu = saddle.solve(rhs, 1).split([r.dual.shape[-1], r.equality.shape[-1]], dim=-1)
     Gdx = matvec(problem.G, dx)
-    return Point(dx, dnu, known + z.lam / s * Gdx), -r.inequality - Gdx
+    return KKTPoint(dx, dnu, known + z.lam / s * Gdx), -r.inequality - Gdx
 
 
 def _longest(lam: Tensor, dlam: Tensor, s: Tensor, ds: Tensor) -> Tensor:
@@ -199,13 +201,13 @@ def _largest(v: Tensor) -> Tensor:
     return v.abs().amax(-1) if v.shape[-1] else v.sum(-1)
 
 
-def _infeasible(problem: Program, z: Point) -> Tensor:
+def _infeasible(problem: Program, z: KKTPoint) -> Tensor:
     """Whether λ > 0 and ν prove it: Aᵀν + Gᵀλ = 0 with bᵀν + hᵀλ < 0 contradicts Ax = b, Gx ≤ h (Farkas' lemma)."""
     terms = torch.cat([problem.b * z.nu, problem.h * z.lam], dim=-1)
     return _certified(-terms.sum(-1), terms.abs().sum(-1), _largest(problem.pull(z)))
 
 
-def _unbounded(problem: Program, z: Point) -> Tensor:
+def _unbounded(problem: Program, z: KKTPoint) -> Tensor:
     """Whether x is a direction of unlimited descent: Qx = 0, Ax = 0, Gx ≤ 0 and qᵀx < 0."""
     terms = problem.q * z.x
     leaves = (matvec(problem.Q, z.x), matvec(problem.A, z.x), matvec(problem.G, z.x).clamp_min(0))

@@ -57,6 +57,7 @@ class GaussNewton(Solver[_State]):
             raise MisuseError(f"GaussNewton(damping={self.damping}): pass a number >= 0.")
 
     def init(self, problem: Bound, x: Tensor) -> _State:
+        gauss_newton_of(problem, self)
         point = Point(x, *problem.value_and_residual(x))
         search = torch.full_like(point.objective, RUNNING, dtype=torch.int64)
         return _State(point, Progress.begin(problem, *point), search)

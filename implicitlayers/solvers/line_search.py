@@ -158,7 +158,7 @@ class _Backtracking(Algorithm[Bound, _Trial]):
         return freeze(~state.accepted, self._try(problem, state.t * self.search.shrink), state)
 
     def terminate(self, problem: Bound, state: _Trial) -> Tensor:
-        return _ended(state.accepted)
+        return _ended(state.accepted, self.line.at)
 
     def _try(self, problem: Bound, t: Tensor) -> _Trial:
         point, fraction = self.line.trial(problem, t), self.search.sufficient_decrease
@@ -251,7 +251,7 @@ class _Zoom(Algorithm[Bound, _Bracket]):
         return freeze(~state.accepted, new, state)
 
     def terminate(self, problem: Bound, state: _Bracket) -> Tensor:
-        return _ended(state.accepted)
+        return _ended(state.accepted, self.line.at)
 
 
 def _between(low: _End, high: _End) -> Tensor:
@@ -274,9 +274,10 @@ def _between(low: _End, high: _End) -> Tensor:
     return torch.where(bounded, inner, 2 * low.t)
 
 
-def _ended(accepted: Tensor) -> Tensor:
-    running = torch.full_like(accepted, RUNNING, dtype=torch.int64)
-    return torch.where(accepted, torch.full_like(running, Status.CONVERGED), running)
+def _ended(accepted: Tensor, at: Point) -> Tensor:
+    status = torch.where(accepted, int(Status.CONVERGED), torch.full_like(accepted, RUNNING, dtype=torch.int64))
+    # A lane that is broken already would be searched to the last trial in every step of the others.
+    return torch.where(torch.isfinite(at.objective), status, torch.full_like(status, Status.NON_FINITE))
 
 
 def descend(

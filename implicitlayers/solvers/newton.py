@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from implicitlayers.loop import check_tolerances, norm
 from implicitlayers.problem import Bound, Kind
 from implicitlayers.solver import Progress, Solver
 from implicitlayers.solvers.direction import newton_direction
-from implicitlayers.solvers.line_search import Armijo, LineSearch, Point, descend
+from implicitlayers.solvers.line_search import Armijo, Fixed, LineSearch, Point, descend
 from implicitlayers.status import RUNNING, MisuseError
 
 __all__ = ["Newton"]
@@ -80,6 +80,10 @@ class Newton(Solver[_State]):
         new, search = descend(problem, old, direction, gradient, first, self.line_search, self.looks)
         progress = state.progress.advance((old.x, old.F), (new.x, new.F), new.objective)
         return _State(new, progress, search)
+
+    def at_solution(self) -> Newton:
+        # There F is rounding, and a search by its values may refuse the full step, whose derivative is the exact one.
+        return replace(self, line_search=Fixed())
 
     def terminate(self, problem: Bound, state: _State) -> Tensor:
         status = state.progress.verdict(self, patience=5)

@@ -139,7 +139,10 @@ class _Backtracking(Algorithm[Bound, _Trial]):
 
     def terminate(self, problem: Bound, state: _Trial) -> Tensor:
         running = torch.full_like(state.accepted, RUNNING, dtype=torch.int64)
-        return torch.where(state.accepted, torch.full_like(running, Status.CONVERGED), running)
+        status = torch.where(state.accepted, torch.full_like(running, Status.CONVERGED), running)
+        # A lane that is broken already would be searched to the last trial in every step of the others.
+        broken = ~torch.isfinite(self.y.x).all(-1) | ~torch.isfinite(self.y.objective)
+        return torch.where(broken, torch.full_like(status, Status.NON_FINITE), status)
 
     def _try(self, problem: Bound, step: Tensor) -> _Trial:
         x = forward_backward(problem, self.y.x, self.y.F, step)[0]

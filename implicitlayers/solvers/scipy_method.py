@@ -188,6 +188,9 @@ class Scipy(Solver[_State]):
 
     def _minimize(self, lane: _Lane, method: _Options, tolerance: float) -> _End:
         options = self._told(method, tolerance)
+        if self.method == "trust-constr" and lane.bounds is not None:
+            # Its tolerance would end it at the first barrier, far from the bounds.
+            options = {**options, "gtol": _ROUNDING, **self.options}
         second = {"": {}, "hessp": {"hessp": lane.product}, "hess": {"hess": lane.matrix}}[method.second]
         found = scipy.optimize.minimize(
             lane.value_and_gradient, lane.start, jac=True, method=self.method, options=options,

@@ -36,6 +36,7 @@ class _State(NamedTuple):
     objective: Tensor
     F: Tensor
     progress: Progress | None
+    still: Tensor
     runs: _Runs
 
 
@@ -52,7 +53,8 @@ class TorchOptimizer(Solver[_State]):
     of the gradient's norm; every lane then has its own instance and parameter ``[n]``, and its own evaluations beyond
     the first of a step. Optimizers that take other shapes than vectors (Muon) do not apply.
 
-    The steps change state in place and cannot be differentiated: use `Implicit`.
+    An optimizer that stops by tolerances of its own (LBFGS: tolerance_grad, tolerance_change) before `rtol` is reached
+    ends the lane with STALLED. The steps change state in place and cannot be differentiated: use `Implicit`.
 
     Args:
         factory: ``params -> optimizer``, as in ``lambda params: torch.optim.SGD(params, lr=0.1)``; params is a list
@@ -78,13 +80,13 @@ class TorchOptimizer(Solver[_State]):
             )
 
     def init(self, problem: Bound, x: Tensor) -> _State:
-        runs = self._prepare(x)
+        runs, moves = self._prepare(x), torch.zeros_like(x[..., 0], dtype=torch.bool)
         if not self.looks:
             # A fixed number of steps evaluates before each move and never after the last one.
             unseen = torch.full_like(x[..., 0], torch.nan)
-            return _State(x, unseen, torch.full_like(x, torch.nan), None, runs)
+            return _State(x, unseen, torch.full_like(x, torch.nan), None, moves, runs)
         objective, F = problem.value_and_residual(x)
-        return _State(x, objective, F, Progress.begin(problem, x, objective, F), runs)
+        return _State(x, objective, F, Progress.begin(problem, x, objective, F), moves, runs)
 
     def step(self, problem: Bound, state: _State) -> _State:
         objective, F = state.objective, state.F
@@ -100,11 +102,13 @@ class TorchOptimizer(Solver[_State]):
             return state._replace(x=x, objective=objective, F=F)
         new = problem.value_and_residual(x)
         progress = state.progress.advance((state.x, F), (x, new[1]), new[0])
-        return _State(x, *new, progress, state.runs)
+        return _State(x, *new, progress, (x == state.x).all(-1), state.runs)
 
     def terminate(self, problem: Bound, state: _State) -> Tensor:
         if state.progress is not None:
-            return state.progress.verdict(self)
+            status = state.progress.verdict(self)
+            # An optimizer that has its own idea of the end, as LBFGS with its tolerances, stands still from then on.
+            return torch.where((status == RUNNING) & state.still, torch.full_like(status, Status.STALLED), status)
         running = torch.full_like(state.objective, RUNNING, dtype=torch.int64)
         return torch.where(torch.isfinite(state.x).all(-1), running, torch.full_like(running, Status.NON_FINITE))
 

@@ -38,7 +38,7 @@ ONE = torch.ones((), dtype=F64)
 
 
 def spectrum(condition, count, n=10, dtype=F64):
-    """`count` symmetric positive definite ``[n, n]`` with eigenvalues from 1 down to 1/condition, and right-hand sides."""
+    """Symmetric positive definite ``[count, n, n]`` with eigenvalues from 1 to 1/condition, and right-hand sides."""
     G = torch.randn(count, n, n, generator=torch.Generator().manual_seed(5), dtype=F64)
     Q = torch.linalg.qr(G).Q
     A = (Q * torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), n, dtype=F64)) @ Q.mT

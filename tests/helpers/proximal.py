@@ -10,11 +10,10 @@ from torch.func import grad
 
 import implicitlayers as il
 from implicitlayers.flat import Structure
-from implicitlayers.solvers.proximal import ProximalGradient
 from tests.helpers.cases import TIGHT, flat
 from tests.helpers.problems import F64, newton
 
-PROXIMAL = ProximalGradient(**TIGHT)
+PROXIMAL = il.ProximalGradient(**TIGHT)
 
 
 def nonsmooth_of(regularizer: il.Regularizer, like: Any) -> tuple[Any, list[torch.Tensor]]:

@@ -40,7 +40,8 @@ def test_is_conjugate_gradients_bit_for_bit_on_a_curvature():
         for minimizing in (False, True):
             given = il.Operator(product(A), symmetric=True, minimizing=minimizing)
             for ours, theirs in zip(il.Auto(**options).solve(given, b), il.CG(**options).solve(given, b), strict=True):
-                assert torch.equal(ours, theirs)
+                # With a preconditioner the estimate of the smallest singular value is NaN in both.
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
         assert il.Auto(**options).looks == il.CG(**options).looks
 
 

@@ -104,9 +104,10 @@ def test_projections_by_scipy(y):
     split = scipy.optimize.minimize(
         lambda v: ((v[:N] - v[N:] - point) ** 2).sum() / 2,
         np.full(2 * N, 0.05),
+        jac=lambda v: np.concatenate([v[:N] - v[N:] - point, point - v[:N] + v[N:]]),
         method="SLSQP",
         bounds=[(0, None)] * (2 * N),
-        constraints={"type": "ineq", "fun": lambda v: 1.2 - v.sum()},
+        constraints={"type": "ineq", "fun": lambda v: 1.2 - v.sum(), "jac": lambda v: -np.ones(2 * N)},
         options={"ftol": 1e-15, "maxiter": 500},
     ).x
     assert_near(prox(REGULARIZERS["l1-ball"], y), torch.from_numpy(split[:N] - split[N:]), tol)

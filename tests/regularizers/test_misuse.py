@@ -105,7 +105,7 @@ def test_a_lane_that_cannot_be_ends_alone(make):
 
 def test_what_a_smooth_solver_cannot_do_it_says():
     with pytest.raises(il.MisuseError, match="LBFGS is not made for a smooth objective plus a part that has kinks"):
-        il.argmin(lambda x: x.square().sum(), torch.ones(2), regularizer=il.Lasso(0.1))
+        il.argmin(lambda x: x.square().sum(), torch.ones(2), regularizer=il.Lasso(0.1), solver=il.LBFGS())
 
 
 def test_symmetric_linear_solvers_are_refused_for_kinks():

@@ -108,6 +108,22 @@ def test_misuse_is_named(make, message):
         make()
 
 
+@pytest.mark.parametrize("search", [il.Armijo(), il.StrongWolfe()], ids=["armijo", "wolfe"])
+def test_a_broken_lane_does_not_cost_the_others_trials(search):
+    def calls(scales):
+        count = []
+
+        def bowl(x, s):
+            count.append(1)
+            return s * (x * x).sum() / 2
+
+        solver = il.LBFGS(line_search=search)
+        vmap(lambda s: il.argmin(bowl, torch.ones(2, dtype=F64), s, solver=solver, on_failure="ignore").value)(scales)
+        return len(count)
+
+    assert calls(torch.tensor([0.5, torch.nan], dtype=F64)) == calls(torch.tensor([0.5, 0.5], dtype=F64))
+
+
 # --- next to the minimum --------------------------------------------------------------------------------------
 
 ENDS = {

@@ -38,12 +38,12 @@ def test_a_step_where_nothing_is_left_has_the_derivative_of_the_solution(solver,
 @pytest.mark.parametrize("solver", [NEWTONS["dense"], NEWTONS["cg"]], ids=["dense", "cg"])
 def test_an_unrolled_solve_that_lands_on_the_solution(solver):
     assert_near(jacrev(lambda t: layer(t, solver, il.Unrolled()))(EXACT[0]), torch.linalg.inv(A))
+
     # (x - a)²/2 lands on a in one step; another loop gave [4, 4], or NaN, in place of 1.
-    scalar = lambda a: (
-        il.argmin(
-            lambda x, a: (x - a) ** 2 / 2, torch.tensor(0.0, dtype=F64), a, solver=solver, adjoint=il.OneStep()
-        ).value
-    )
+    def scalar(a):
+        start = torch.tensor(0.0, dtype=F64)
+        return il.argmin(lambda x, a: (x - a) ** 2 / 2, start, a, solver=solver, adjoint=il.OneStep()).value
+
     assert_near(jacrev(scalar)(torch.tensor(3.0, dtype=F64)), torch.ones((), dtype=F64))
 
 

@@ -1,0 +1,189 @@
+"""check_layer: a property test of a whole layer, with Hypothesis drawing the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from implicitlayers.testing import metamorphic
+from implicitlayers.testing.compare import Comparing, Mode
+from implicitlayers.testing.gradients import MODES, compare_gradients, tolerance
+from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients, combined
+from implicitlayers.testing.strategies.tensors import expect_strategy
+from implicitlayers.testing.subject import Subject
+
+__all__ = ["Checked", "check_layer", "examine", "run_property"]
+
+
+class Checked(NamedTuple):
+    """What a check looked at.
+
+    Attributes:
+        examples: how many examples agreed.
+        inconclusive: how many said nothing.
+    """
+
+    examples: int
+    inconclusive: int
+
+
+def run_property(
+    strategy: SearchStrategy[Any], examine: Callable[[Any], GradientReport], max_examples: int | None = None
+) -> Checked:
+    """Examine examples until one disagrees, and shrink that.
+
+    Raises:
+        GradientMismatch: with the report on the smallest example that disagrees, which Hypothesis names.
+        InconclusiveGradients: most examples said nothing.
+    """
+    __tracebackhide__ = True
+    agreed, silent = [], []
+
+    @settings(
+        max_examples=max_examples or settings.default.max_examples,  # type: ignore[union-attr]
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+        # Explaining which parts matter reruns the example, and a solve costs more than the explanation is worth.
+        phases=[p for p in settings.default.phases if p is not Phase.explain],  # type: ignore[union-attr]
+    )
+    @given(strategy)
+    def prop(example: Any) -> None:
+        __tracebackhide__ = True
+        report = examine(example)
+        if report.verdict == "disagree":
+            raise GradientMismatch(report)
+        (agreed if report.agrees else silent).append(report)
+
+    prop()
+    if len(silent) > len(agreed):
+        raise InconclusiveGradients(silent[-1])
+    return Checked(len(agreed), len(silent))
+
+
+def check_layer(
+    layer: Callable[..., Any],
+    inputs: SearchStrategy[Any],
+    *,
+    order: Literal[1, 2] = 1,
+    modes: Sequence[Mode] = MODES,
+    tol: float | None = None,
+    reference: Callable[..., Any] | None = None,
+    batched: bool = False,
+    starts: SearchStrategy[Tensor] | None = None,
+    at_tolerance: Callable[[float], Callable[..., Any]] | None = None,
+    max_examples: int | None = None,
+) -> Checked:
+    """Check a layer on many inputs: its gradients against finite differences, and what holds for every right layer.
+
+    The properties: the gradient is linear in the cotangent, also for tiny ones; forward mode is the transpose of
+    reverse mode; the second derivative is symmetric (order 2); vmap is a loop, in any order of the lanes; and, where
+    the layer has what they need, a batch is a loop (`batched`), the start does not matter (`starts`), and the error
+    falls with the tolerance (`at_tolerance`).
+
+    Args:
+        layer: function of tensors and trees of them, or a module.
+        inputs: strategy for the inputs: a tuple for several ones, anything else for a single one.
+        order: as in `assert_gradients_match`.
+        modes: as in `assert_gradients_match`; properties of modes that are left out are not checked.
+        tol: as in `assert_gradients_match`.
+        reference: as in `assert_gradients_match`.
+        batched: whether the first dimension of every input is a batch whose elements do not know of each other.
+        starts: strategy for where the layer's search starts; the layer then takes it as the keyword ``x0``.
+        at_tolerance: ``tolerance -> layer``: the layer, solved to a tolerance.
+        max_examples: how many inputs; as many as the Hypothesis profile says by default.
+
+    Returns:
+        How many examples agreed, and how many said nothing.
+
+    Raises:
+        GradientMismatch: with the smallest inputs at which something disagrees.
+        InconclusiveGradients: most inputs said nothing.
+        TypeError: `inputs` is no strategy.
+
+    Example:
+        >>> from implicitlayers.testing import strategies
+        >>> check_layer(torch.linalg.inv, strategies.matrices(), max_examples=5)
+        Checked(examples=5, inconclusive=0)
+    """
+    expect_strategy("inputs", inputs, "strategies.tensors((3,))")
+    if starts is not None:
+        expect_strategy("starts", starts, "strategies.tensors((3,))")
+
+    def examine_one(example: Any) -> GradientReport:
+        arguments, begin = example if starts is not None else (example, None)
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        started = layer if begin is None else _from(layer, begin)
+        more = [] if begin is None else [*_starts(layer, arguments, begin, tol)]
+        if at_tolerance is not None:
+            more += _tolerances(at_tolerance, arguments, tol)
+        report = examine(started, arguments, order=order, modes=modes, tol=tol, reference=reference, batched=batched)
+        return combined([report, GradientReport(tuple(more))])
+
+    drawn = inputs if starts is None else _pairs(inputs, starts)
+    return run_property(drawn, examine_one, max_examples)
+
+
+def examine(
+    layer: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    order: Literal[1, 2] = 1,
+    modes: Sequence[Mode] = MODES,
+    tol: float | None = None,
+    reference: Callable[..., Any] | None = None,
+    batched: bool = False,
+) -> GradientReport:
+    """Gradients and properties of a layer at one point."""
+    report = compare_gradients(layer, *inputs, order=order, modes=modes, tol=tol, reference=reference)
+    subject = Subject.of(layer, inputs)
+    tol = tolerance(subject) if tol is None else tol
+    return combined([report, GradientReport(tuple(_properties(subject, order, modes, tol, batched)))])
+
+
+def _properties(subject: Subject, order: int, modes: Sequence[Mode], tol: float, batched: bool) -> Iterator[Comparison]:
+    if "reverse" in modes:
+        yield from metamorphic.linear_in_cotangent(subject, tol)
+        if "forward" in modes:
+            yield from metamorphic.forward_is_reverse(subject, tol)
+        if order == 2:
+            yield from metamorphic.second_derivative_is_symmetric(subject, tol)
+        if batched:
+            yield from metamorphic.lanes_are_independent(subject, tol)
+    if "vmap" in modes:
+        lanes = Comparing(subject, subject, tol, 0).lane_points()
+        yield from metamorphic.lanes_permute(subject, lanes, tol)
+
+
+def _pairs(inputs: SearchStrategy[Any], starts: SearchStrategy[Tensor]) -> SearchStrategy[Any]:
+    return inputs.flatmap(lambda drawn: starts.map(lambda start: (drawn, start)))
+
+
+def _from(layer: Callable[..., Any], begin: Tensor) -> Callable[..., Any]:
+    return lambda *arguments: layer(*arguments, x0=begin)
+
+
+def _starts(layer: Callable[..., Any], inputs: Sequence[Any], begin: Tensor, tol: float | None) -> Iterator[Comparison]:
+    tol = tolerance(Subject.of(_from(layer, begin), inputs)) if tol is None else tol
+    other = begin + torch.ones_like(begin) / 2
+    yield from metamorphic.independent_of_start(lambda x0: Subject.of(_from(layer, x0), inputs), (begin, other), tol)
+
+
+def _tolerances(
+    at_tolerance: Callable[[float], Callable[..., Any]], inputs: Sequence[Any], tol: float | None
+) -> list[Comparison]:
+    def subject(t: float) -> Subject:
+        return Subject.of(at_tolerance(t), inputs)
+
+    tightest = subject(1e-10)
+    tol = tolerance(tightest) if tol is None else tol
+
+    def value(t: float) -> Callable[[], Sequence[Tensor]]:
+        return lambda: [o.detach() for o in subject(t).at(tightest.leaves)]
+
+    return [*metamorphic.error_falls(value, (1e-2, 1e-4, 1e-6, 1e-8), value(1e-10)(), tol)]

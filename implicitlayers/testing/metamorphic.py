@@ -1,0 +1,212 @@
+"""What is true of every differentiable layer, whatever it computes: properties that need no oracle.
+
+Each function returns comparisons in which one thing the layer said is held against another thing it said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitlayers.testing.quotients import contract, filled, stack
+from implicitlayers.testing.report import Comparison, judge
+from implicitlayers.testing.subject import Subject, fresh, pulled
+from implicitlayers.testing.vectors import flat, generator, largest, normal_like, resolution
+
+__all__ = [
+    "equal", "error_falls", "forward_is_reverse", "independent_of_start", "lanes_are_independent", "lanes_permute",
+    "linear_in_cotangent", "second_derivative_is_symmetric", "tiny_factor",
+]  # fmt: skip
+
+Tensors = Sequence[Tensor]
+
+
+ROUNDING = 1e-6
+"""A number that is compared without an oracle, and is smaller, counts as what is left of larger ones that cancelled."""
+
+
+def equal(
+    what: str, oracle: str, found: Tensors, expected: Tensors, tol: float, scale: float | None = None
+) -> Comparison:
+    """Whether two lists of tensors are equal up to tol times the largest entry of each tensor, or times `scale`."""
+    sizes = [torch.full_like(e.double(), largest([e.nan_to_num()]) if scale is None else scale) for e in expected]
+    sizes = [size.clamp_min(ROUNDING) for size in sizes]
+    a, b, s = flat(found).cpu(), flat(expected).cpu(), flat(sizes).cpu()
+    verdict, k = judge(a, b, torch.zeros_like(b), scale=s, natural=0.0, tol=tol)
+    return Comparison(what, oracle, verdict, f"entry {k}", float(a[k]), float(b[k]), 0.0, tol * float(s[k]))
+
+
+def attempted(what: str, compare: Callable[[], Comparison]) -> Comparison:
+    """The comparison, or the error that the layer answered with."""
+    try:
+        return compare()
+    except Exception as error:  # Whatever a layer raises here is a finding about the layer.
+        return Comparison(what, "itself", "disagree", reason=f"raised {type(error).__name__}: {error}")
+
+
+def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
+    """Jᵀ(2v - 3w) = 2 Jᵀv - 3 Jᵀw, and Jᵀ(εv) = ε Jᵀv for an ε whose square underflows.
+
+    A layer that squares a cotangent to measure it loses small ones: a gradient that is zero, or NaN.
+    """
+    x = subject.leaves
+    out = subject.at(x)
+    v, w = (normal_like(out, generator(seed + k)) for k in (11, 12))
+
+    def gradient(cotangent: Tensors) -> list[Tensor]:
+        return filled(subject.reverse(x, list(cotangent)), x)
+
+    def sums() -> Comparison:
+        gv, gw = gradient(v), gradient(w)
+        found = gradient([2 * a - 3 * b for a, b in zip(v, w, strict=True)])
+        expected = [2 * a - 3 * b for a, b in zip(gv, gw, strict=True)]
+        size = max(largest([t.nan_to_num()]) for t in (*gv, *gw))
+        return equal("linear in the cotangent", "sums of gradients", found, expected, tol, 5 * size)
+
+    def small() -> Comparison:
+        epsilon = tiny_factor([*x, *out])
+        found = [g.double() / epsilon for g in gradient([epsilon * t for t in v])]
+        return equal(f"cotangents of size {epsilon:.0e}", "those of size 1", found, gradient(v), tol)
+
+    yield attempted("linear in the cotangent", sums)
+    yield attempted("small cotangents", small)
+
+
+def tiny_factor(tensors: Tensors) -> float:
+    """A power of two whose square underflows in float32, but which leaves room for small numbers times it.
+
+    In float64 the same: cotangents whose squares underflow there, 1e-170, are met by nobody.
+    """
+    return 2.0**-10 if any(t.dtype == torch.float16 for t in tensors) else 2.0**-80
+
+
+def forward_is_reverse(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
+    """⟨v, J d⟩ = ⟨Jᵀv, d⟩: the dot test."""
+    x = subject.leaves
+    v, d = normal_like(subject.at(x), generator(seed + 13)), normal_like(x, generator(seed + 14))
+
+    def dots() -> Comparison:
+        Jd, Jtv = subject.forward(x, d), subject.reverse(x, v)
+        size = max(_length(Jd, v), _length(filled(Jtv, x), d))
+        return equal(
+            "forward mode ⟨v, J d⟩", "reverse mode ⟨Jᵀv, d⟩", [contract(Jd, v, 1)], [contract(Jtv, d, 1)], tol, size
+        )
+
+    yield attempted("forward mode = reverse mode", dots)
+
+
+def second_derivative_is_symmetric(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
+    """⟨v, f''[w, d]⟩ = ⟨v, f''[d, w]⟩."""
+    x = subject.leaves
+    v = normal_like(subject.at(x), generator(seed + 15))
+    w, d = (normal_like(x, generator(seed + k)) for k in (16, 17))
+
+    def swapped() -> Comparison:
+        one, other = filled(subject.reverse_twice(x, v, w), x), filled(subject.reverse_twice(x, v, d), x)
+        size = max(_length(one, d), _length(other, w))
+        return equal(
+            "second derivative in [w, d]", "in [d, w]", [contract(one, d, 1)], [contract(other, w, 1)], tol, size
+        )
+
+    yield attempted("symmetric second derivative", swapped)
+
+
+def _length(a: Tensors, b: Tensors) -> float:
+    """Length of the vector of the summands of ⟨a, b⟩."""
+    return float((flat(a) * flat(b)).norm())
+
+
+def lanes_permute(subject: Subject, lanes: Tensors, tol: float, seed: int = 0) -> Iterator[Comparison]:
+    """Vmap over lanes in another order returns the same in that order, values and gradients."""
+    count = len(lanes[0])
+    order = torch.arange(count).roll(1)
+    shuffled = [leaf[order] for leaf in lanes]
+
+    def values() -> Comparison:
+        found, straight = subject.vmapped()(*shuffled), subject.vmapped()(*lanes)
+        return equal("vmap, lanes in another order", "those lanes", found, [t[order] for t in straight], tol)
+
+    def gradients() -> Comparison:
+        v = normal_like(subject.vmapped()(*lanes), generator(seed + 18))
+        found = filled(subject.vmapped_reverse(shuffled, [t[order] for t in v]), shuffled)
+        straight = filled(subject.vmapped_reverse(lanes, v), lanes)
+        return equal("gradient of vmap, lanes in another order", "those", found, [t[order] for t in straight], tol)
+
+    yield attempted("vmap, lanes in another order", values)
+    yield attempted("gradient of vmap, lanes in another order", gradients)
+
+
+def lanes_are_independent(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
+    """A layer that takes batches returns for each element what it returns for it alone, values and gradients."""
+    x = subject.leaves
+    count = len(x[0])
+    v = normal_like(subject.at(x), generator(seed + 19))
+    alone = [[t[k : k + 1] for t in x] for k in range(count)]
+
+    def joined(rows: list[list[Tensor]]) -> list[Tensor]:
+        return [t.flatten(0, 1) for t in stack(rows)]
+
+    def values() -> Comparison:
+        return equal("batch", "a loop over it", subject.at(x), joined([subject.at(row) for row in alone]), tol)
+
+    def gradients() -> Comparison:
+        rows = [filled(subject.reverse(row, [t[k : k + 1] for t in v]), row) for k, row in enumerate(alone)]
+        return equal("gradient of a batch", "a loop over it", filled(subject.reverse(x, v), x), joined(rows), tol)
+
+    yield attempted("batch = loop", values)
+    yield attempted("gradient of a batch = loop", gradients)
+
+
+def independent_of_start(
+    at_start: Callable[[Any], Subject], starts: tuple[Tensor, Tensor], tol: float, seed: int = 0
+) -> Iterator[Comparison]:
+    """Value and gradient do not depend on where the search begins, and no gradient flows to the start."""
+    first, second = starts
+
+    def values() -> Comparison:
+        one, other = at_start(first), at_start(second)
+        return equal("from another start", "the first start", other.at(other.leaves), one.at(one.leaves), tol)
+
+    def gradients() -> Comparison:
+        one, other = at_start(first), at_start(second)
+        v = normal_like(one.at(one.leaves), generator(seed + 20))
+        found, expected = (filled(s.reverse(s.leaves, v), s.leaves) for s in (other, one))
+        return equal("gradient from another start", "the first start", found, expected, tol)
+
+    def through() -> Comparison:
+        begin = first.detach().clone().requires_grad_()
+        what, zero = "gradient in the start", torch.zeros_like(begin)
+        try:
+            with torch.enable_grad():
+                subject = at_start(begin)
+                out = subject.at([fresh(leaf) for leaf in subject.leaves])
+            found = pulled(out, [begin], None, False)
+        except Exception as error:  # A layer may well refuse: a gradient in the start is never meant.
+            return Comparison(what, "zero", "agree", reason=f"refused: {type(error).__name__}")
+        return equal(what, "zero", filled(found, [zero]), [zero], tol, 1.0)
+
+    yield attempted("from another start", values)
+    yield attempted("gradient from another start", gradients)
+    yield attempted("gradient in the start", through)
+
+
+def error_falls(
+    at_tolerance: Callable[[float], Callable[[], Tensors]], tolerances: Sequence[float], truth: Tensors, tol: float
+) -> Iterator[Comparison]:
+    """A tighter tolerance is never much worse, and the tightest is right."""
+    size = max(largest(truth), 1.0)
+    floor = 1e3 * resolution(truth) * size
+    previous = float("inf")
+    for tolerance in tolerances:
+        found = at_tolerance(tolerance)()
+        error = largest([a.double() - b.double() for a, b in zip(found, truth, strict=True)])
+        verdict = "agree" if error <= max(2 * previous, floor) else "disagree"
+        yield Comparison(f"error at tolerance {tolerance:.0e}", "at the looser one", verdict, "", error, previous)
+        previous = error
+    last = "agree" if previous <= max(tol * size, floor) else "disagree"
+    yield Comparison(
+        f"error at tolerance {tolerances[-1]:.0e}", "zero", last, "largest", previous, 0.0, floor, tol * size
+    )

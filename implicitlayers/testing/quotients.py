@@ -1,0 +1,83 @@
+"""Difference quotients of what a layer returns, and of its contractions with a cotangent, as numbers to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitlayers.testing.finite_difference import finite_difference, reach
+from implicitlayers.testing.vectors import flat, largest
+
+__all__ = ["NEGLIGIBLE", "Oracle", "Quotients", "Vector", "contract", "filled", "quotients", "stack"]
+
+NEGLIGIBLE = 1e-3
+"""A derivative so much smaller than the natural one is held to the absolute tolerance that goes with this size: it is
+what is left of larger numbers that cancelled."""
+
+Vector = list[Tensor]
+
+
+class Quotients(NamedTuple):
+    """Difference quotients of some tensors and, last, of their contraction with weights.
+
+    Attributes:
+        expected: ``[m]`` numbers.
+        floor: their error estimates.
+        scale: what a derivative of their kind amounts to: the largest entry of the same tensor; for a contraction the
+            length of its summands, which do not cancel in it.
+        natural: see `judge`.
+    """
+
+    expected: Tensor
+    floor: Tensor
+    scale: Tensor
+    natural: float
+
+    def part(self, which: slice) -> Quotients:
+        """Some of the numbers."""
+        return Quotients(self.expected[which], self.floor[which], self.scale[which], self.natural)
+
+
+Oracle = Callable[[float], Quotients]
+"""Quotients with steps of a given ratio."""
+
+
+def contract(values: Sequence[Tensor | None], weights: Vector, lanes: int) -> Tensor:
+    """⟨values, weights⟩ in each lane ``[lanes]``, in float64; what is None counts as zero."""
+    total = torch.zeros(lanes, dtype=torch.float64)
+    for value, weight in zip(values, weights, strict=True):
+        if value is not None:
+            total = total + (value.detach().double() * weight.double()).reshape(lanes, -1).sum(1).cpu()
+    return total
+
+
+def quotients(
+    function: Callable[[Vector], Vector], x: Vector, d: Vector, weights: Vector, lanes: int, ratio: float, tol: float
+) -> Quotients:
+    """Differences of `function` at `x` along `d`, and of its contraction in each lane, a good deal finer than `tol`."""
+
+    def both(leaves: Vector) -> Vector:
+        values = function(leaves)
+        return [*values, contract(values, weights, lanes)]
+
+    found, floor = finite_difference(both, x, d, ratio=ratio, enough=tol / 1000)
+    values, rows = found[:-1], zip(found[:-1], weights, strict=True)
+    scale = [torch.full_like(value, largest([value.nan_to_num()])) for value in values]
+    summands = sum((value * w.double()).square().reshape(lanes, -1).sum(1).cpu() for value, w in rows)
+    assert isinstance(summands, Tensor)
+    natural = largest([value.nan_to_num() for value in both(x)]) / reach(x, d)
+    sizes = flat([*scale, summands.sqrt()]).cpu().clamp_min(NEGLIGIBLE * natural)
+    return Quotients(flat(found).cpu(), flat(floor).cpu(), sizes, natural)
+
+
+def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
+    """Zeros where there is none."""
+    return [torch.zeros_like(leaf) if t is None else t.detach() for t, leaf in zip(found, like, strict=True)]
+
+
+def stack(rows: Sequence[Sequence[Tensor]]) -> Vector:
+    """Lists of tensors, one for each lane, as one list of tensors with a leading lane dimension."""
+    return [torch.stack([t.detach() for t in column]) for column in zip(*rows, strict=True)]

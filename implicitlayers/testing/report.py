@@ -1,0 +1,164 @@
+"""What a comparison of gradients found: verdicts with their numbers, and the text that a failing test shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Comparison", "GradientMismatch", "GradientReport", "InconclusiveGradients", "Verdict", "judge"]
+
+Verdict = Literal["agree", "disagree", "inconclusive"]
+
+CERTAIN = 10.0
+"""A difference must exceed the measured floor this many times before it counts as one: the error estimate of a finite
+difference is too small in a few of a thousand cases, but never by so much in the 10,000 functions of the study."""
+
+
+class GradientMismatch(AssertionError):  # noqa: N818 - a failed assertion, named as what it found
+    """The derivatives of a layer disagree with an oracle. `report` is the `GradientReport`."""
+
+    def __init__(self, report: GradientReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
+class InconclusiveGradients(AssertionError):  # noqa: N818
+    """The derivatives could not be told from wrong ones. `report` is the `GradientReport`."""
+
+    def __init__(self, report: GradientReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One derivative of the layer against one oracle; the numbers are those of the worst entry.
+
+    Attributes:
+        what: which derivative, by which route.
+        oracle: what it was compared with.
+        verdict: "agree", "disagree", or "inconclusive".
+        entry: which number it is.
+        found: the layer's.
+        expected: the oracle's.
+        floor: error estimate of the oracle: a smaller difference says nothing.
+        allowed: tol times the size of the derivative.
+        reason: why the verdict is not "agree", and what to do.
+    """
+
+    what: str
+    oracle: str
+    verdict: Verdict
+    entry: str = ""
+    found: float = 0.0
+    expected: float = 0.0
+    floor: float = 0.0
+    allowed: float = 0.0
+    reason: str = ""
+
+    @property
+    def difference(self) -> float:
+        """How far the layer is from the oracle."""
+        return abs(self.found - self.expected)
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Bad ones last: by verdict, then by the difference relative to what is allowed."""
+        excess = self.difference / max(self.allowed + self.floor, 1e-300)
+        return ("agree", "inconclusive", "disagree").index(self.verdict), excess if excess == excess else float("inf")
+
+    def __str__(self) -> str:
+        """One paragraph."""
+        lines = [f"{self.verdict}: {self.what}, against {self.oracle}"]
+        if self.entry:
+            lines.append(
+                f"    {self.entry}: layer {self.found:.10g}, oracle {self.expected:.10g}, difference "
+                f"{self.difference:.2e} (floor {self.floor:.1e}, allowed {self.allowed:.1e})"
+            )
+        if self.reason:
+            lines.append(f"    {self.reason}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """Everything `assert_gradients_match` compared.
+
+    Attributes:
+        comparisons: one for every derivative and oracle.
+    """
+
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def worst(self) -> Comparison:
+        """The comparison that decides."""
+        return max(self.comparisons, key=lambda c: c.rank)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of all verdicts."""
+        return self.worst.verdict
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every derivative agrees with its oracle."""
+        return self.verdict == "agree"
+
+    def __str__(self) -> str:
+        """The worst comparison first, then the other troubled ones, then what agrees in one line."""
+        ordered = sorted(self.comparisons, key=lambda c: c.rank, reverse=True)
+        troubled = [c for c in ordered if c.verdict != "agree"]
+        agreeing = [c for c in ordered if c.verdict == "agree"]
+        head = {
+            "agree": "The gradients agree",
+            "disagree": "The gradients disagree",
+            "inconclusive": "The gradients could not be checked",
+        }[self.verdict]
+        lines = [f"{head} ({len(agreeing)} of {len(ordered)} comparisons agree)."]
+        lines += [str(c) for c in troubled[:8]]
+        if len(troubled) > 8:
+            lines.append(f"… and {len(troubled) - 8} more.")
+        if agreeing:
+            lines.append(f"closest call among those that agree: {str(agreeing[0]).removeprefix('agree: ')}")
+        return "\n".join(lines)
+
+
+def judge(
+    found: Tensor, expected: Tensor, floor: Tensor, *, scale: Tensor, natural: float, tol: float
+) -> tuple[Verdict, int]:
+    """Verdict on a vector of numbers, and the index of the worst.
+
+    Args:
+        found: what the layer says, ``[m]``.
+        expected: what the oracle says, ``[m]``.
+        floor: the oracle's own error, ``[m]``.
+        scale: size of a derivative like each of these, which `tol` is relative to, ``[m]``.
+        natural: size of a derivative by which the value would change as much as its own size when the input does. A
+            derivative that is zero is told from others by this.
+        tol: relative tolerance.
+    """
+    difference = torch.where(torch.isfinite(found), (found - expected).abs(), torch.inf)
+    floor = torch.where(torch.isfinite(expected), floor, torch.inf)
+    allowed = tol * scale
+    # Where a part of the output jumps by its own size, x lies on a discontinuity, and a quotient across it may look
+    # smooth in another part (the Q of a QR decomposition at the identity).
+    jumps = bool((floor > scale.clamp_min(natural)).any())
+    wrong = torch.isfinite(floor) & (difference > allowed + CERTAIN * floor) & (not jumps)
+    resolved = floor <= tol * scale.clamp_min(natural)
+    agreed = resolved & (difference <= allowed + floor)
+    if bool(wrong.any()):
+        excess = torch.where(wrong, difference / (allowed + floor).clamp_min(1e-300), -1.0)
+        return "disagree", int(excess.nan_to_num(nan=-1.0, posinf=torch.inf).argmax())
+    if bool(agreed.all()):
+        return "agree", int((difference / (allowed + floor).clamp_min(1e-300)).argmax())
+    return "inconclusive", int(torch.where(agreed, -1.0, floor).argmax())
+
+
+def combined(reports: Sequence[GradientReport]) -> GradientReport:
+    """One report of all."""
+    return GradientReport(tuple(c for report in reports for c in report.comparisons))

@@ -1,0 +1,158 @@
+"""The layer under test, as a function of a list of tensors, and its derivatives by the routes PyTorch has.
+
+Everything is contracted with one cotangent v and directions, so that each route ends in numbers that a difference
+quotient of ⟨v, f⟩ has to match. The plain tape is used where it can be: layers of other libraries often know nothing of
+torch.func.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as dual
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+
+from implicitlayers.testing.vectors import Floating
+
+__all__ = ["LANES", "Subject"]
+
+LANES = (1.0, 1.0 + 1 / 32)
+"""What the inputs are multiplied by to make lanes of them: positive definite, sparse or symmetric stays what it is."""
+
+Leaves = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A layer at a point.
+
+    Attributes:
+        function: tree of inputs to anything.
+        inputs: where, with the tensors that are differentiated taken out.
+        names: what these tensors are called in a report.
+    """
+
+    function: Callable[[Any], Any]
+    inputs: Floating
+    names: list[str]
+
+    @classmethod
+    def of(cls, layer: Callable[..., Any], inputs: Sequence[Any]) -> Subject:
+        """A layer at its inputs; the parameters of a module are inputs as well."""
+        if not callable(layer):
+            raise TypeError(f"layer is {layer!r}, which cannot be called; pass a function of tensors or an nn.Module.")
+        parameters = {}
+        if isinstance(layer, nn.Module):
+            parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+        def function(tree: Any) -> Any:
+            given, arguments = tree
+            if isinstance(layer, nn.Module) and given:
+                return functional_call(layer, given, arguments)
+            return layer(*arguments)
+
+        if parameters:
+            # A module's own parameters require a gradient and must not hide that the inputs do not.
+            plain = Floating.of((parameters, tuple(inputs)), "the inputs")
+        else:
+            plain = Floating.of(({}, tuple(inputs)), "the inputs", recorded=True)
+        names = [("parameter" if p.startswith("[0]") else "input") + p[3:] for p in plain.paths]
+        return cls(function, plain, names)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The point, without a graph."""
+        return [leaf.detach() for leaf in self.inputs.leaves]
+
+    def at(self, leaves: Leaves) -> list[Tensor]:
+        """Floating tensors of the output."""
+        return self.outputs(leaves).leaves
+
+    def outputs(self, leaves: Leaves) -> Floating:
+        """The output with its floating tensors taken out."""
+        return Floating.of(self.function(self.inputs.put(leaves)), "the layer's output")
+
+    def contracted(self, v: Leaves) -> Callable[[Leaves], Tensor]:
+        """⟨v, f⟩ as a function of the leaves."""
+        return lambda leaves: pair(self.at(leaves), v)
+
+    def reverse(self, leaves: Leaves, v: Leaves, *, record: bool = False) -> list[Tensor | None]:
+        """Jᵀ v by the tape; None for a leaf that no gradient reaches."""
+        with torch.enable_grad():
+            given = [leaf if record and leaf.requires_grad else fresh(leaf) for leaf in leaves]
+            return pulled(self.at(given), given, v, record)
+
+    def reverse_twice(self, leaves: Leaves, v: Leaves, w: Leaves) -> list[Tensor | None]:
+        """∂/∂x ⟨Jᵀ v, w⟩ by the tape, through its own backward."""
+        with torch.enable_grad():
+            given = [fresh(leaf) for leaf in leaves]
+            return pulled([pair(self.reverse(given, v, record=True), w)], given, None, False)
+
+    def forward(self, leaves: Leaves, d: Leaves) -> list[Tensor]:
+        """J d by dual numbers."""
+        with torch.no_grad(), dual.dual_level():
+            out = self.at([dual.make_dual(leaf, t) for leaf, t in zip(leaves, d, strict=True)])
+            return [tangent(o) for o in out]
+
+    def forward_of_reverse(self, leaves: Leaves, v: Leaves, d: Leaves) -> list[Tensor]:
+        """∂/∂d of Jᵀ v by dual numbers through the tape."""
+        with torch.enable_grad(), dual.dual_level():
+            given = [dual.make_dual(fresh(leaf), t) for leaf, t in zip(leaves, d, strict=True)]
+            first = pulled(self.at(given), given, v, True)
+            zeros = [torch.zeros_like(leaf) for leaf in leaves]
+            return [zero if g is None else tangent(g).detach() for g, zero in zip(first, zeros, strict=True)]
+
+    def forward_twice(self, leaves: Leaves, w: Leaves, d: Leaves) -> list[Tensor]:
+        """∂/∂d of J w, forward over forward by torch.func, which alone nests dual numbers."""
+
+        def once(*given: Tensor) -> tuple[Tensor, ...]:
+            return jvp(lambda *x: tuple(self.at(x)), given, tuple(w))[1]
+
+        return list(jvp(once, tuple(leaves), tuple(d))[1])
+
+    def vmapped(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The layer over a leading dimension of all leaves."""
+        return vmap(lambda *leaves: tuple(self.at(leaves)))
+
+    def vmapped_reverse(self, lanes: Leaves, v: Leaves, *, record: bool = False) -> list[Tensor | None]:
+        """Jᵀ v of all lanes, by the tape around vmap."""
+        with torch.enable_grad():
+            given = [leaf if record else fresh(leaf) for leaf in lanes]
+            return pulled(list(self.vmapped()(*given)), given, v, record)
+
+    def vmapped_reverse_twice(self, lanes: Leaves, v: Leaves, w: Leaves) -> list[Tensor | None]:
+        """∂/∂x ⟨Jᵀ v, w⟩ of all lanes."""
+        with torch.enable_grad():
+            given = [fresh(leaf) for leaf in lanes]
+            return pulled([pair(self.vmapped_reverse(given, v, record=True), w)], given, None, False)
+
+
+def fresh(leaf: Tensor) -> Tensor:
+    """A copy that a tape may start from."""
+    return leaf.detach().clone().requires_grad_()
+
+
+def tangent(t: Tensor) -> Tensor:
+    """The tangent of a dual tensor, zero where there is none."""
+    found = dual.unpack_dual(t).tangent
+    return torch.zeros_like(t) if found is None else found
+
+
+def pair(found: Sequence[Tensor | None], with_: Leaves) -> Tensor:
+    """⟨found, with_⟩ as a differentiable scalar; what is None counts as zero."""
+    terms = [(f * w).sum() for f, w in zip(found, with_, strict=True) if f is not None]
+    return torch.stack(terms).sum() if terms else with_[0].new_zeros(())
+
+
+def pulled(out: Sequence[Tensor], leaves: Leaves, v: Leaves | None, record: bool) -> list[Tensor | None]:
+    """Gradients of ⟨v, out⟩; None for leaves that are not connected."""
+    weights = [torch.ones_like(o) for o in out] if v is None else v
+    reached = [(o, w) for o, w in zip(out, weights, strict=True) if o.requires_grad]
+    if not reached:
+        return [None] * len(leaves)
+    ends, cotangents = zip(*reached, strict=True)
+    return list(torch.autograd.grad(ends, leaves, cotangents, create_graph=record, allow_unused=True))

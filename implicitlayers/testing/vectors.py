@@ -1,0 +1,94 @@
+"""Trees of tensors as vectors: what finite differences and dot products need of them, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["Floating", "flat", "generator", "inner", "largest", "normal_like", "resolution"]
+
+
+@dataclass(frozen=True)
+class Floating:
+    """The floating tensors of a tree, taken out; everything else stays in place.
+
+    Attributes:
+        leaves: the floating tensors, in the order of the tree.
+        paths: how each is reached, as a suffix such as ``['w'][0]``.
+        where: their positions among all leaves.
+        tree: what they were taken out of.
+    """
+
+    leaves: list[Tensor]
+    paths: list[str]
+    where: list[int]
+    tree: Any
+
+    @classmethod
+    def of(cls, tree: Any, what: str, recorded: bool = False) -> Floating:
+        """Take the floating tensors out of `tree`, or with `recorded` those of them that require a gradient, if any do.
+
+        `what` names the tree in errors.
+        """
+        keyed = pytree.tree_flatten_with_path(tree)[0]
+        found = [(i, pytree.keystr(path), leaf) for i, (path, leaf) in enumerate(keyed) if isinstance(leaf, Tensor)]
+        for _, path, leaf in found:
+            if leaf.is_complex():
+                raise TypeError(
+                    f"{what}{path} is complex, and directional derivatives are taken of real tensors; let the layer "
+                    "take and return torch.view_as_real(...) of it."
+                )
+        found = [entry for entry in found if entry[2].is_floating_point()]
+        if recorded and any(leaf.requires_grad for *_, leaf in found):
+            found = [entry for entry in found if entry[2].requires_grad]
+        if not found:
+            raise TypeError(f"{what} holds no floating tensor ({tree!r}), so it has no derivative; pass at least one.")
+        where, paths, leaves = (list(column) for column in zip(*found, strict=True))
+        return cls(leaves, paths, where, tree)
+
+    def put(self, leaves: Sequence[Any]) -> Any:
+        """The tree with other leaves in the place of those taken out."""
+        old, spec = pytree.tree_flatten(self.tree)
+        for position, leaf in zip(self.where, leaves, strict=True):
+            old[position] = leaf
+        return pytree.tree_unflatten(old, spec)
+
+    def moved(self, step: float, direction: Sequence[Tensor]) -> Any:
+        """The tree at leaves + step·direction."""
+        return self.put([x + step * d for x, d in zip(self.leaves, direction, strict=True)])
+
+
+def flat(leaves: Sequence[Tensor]) -> Tensor:
+    """All leaves as one float64 vector, without a graph."""
+    return torch.cat([leaf.detach().double().reshape(-1) for leaf in leaves])
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """⟨a, b⟩ over all leaves, accumulated in float64."""
+    return float(torch.dot(flat(a), flat(b)))
+
+
+def largest(leaves: Sequence[Tensor]) -> float:
+    """Largest magnitude of any entry; 0 for empty leaves."""
+    vector = flat(leaves)
+    return float(vector.abs().amax()) if len(vector) else 0.0
+
+
+def generator(seed: int) -> torch.Generator:
+    """A source of random numbers of its own, so that no check depends on what ran before it."""
+    return torch.Generator().manual_seed(seed)
+
+
+def normal_like(leaves: Sequence[Tensor], source: torch.Generator) -> list[Tensor]:
+    """Standard normal tensors of the same shapes, types and devices."""
+    return [torch.randn(x.shape, generator=source, dtype=torch.float64).to(x) for x in leaves]
+
+
+def resolution(leaves: Sequence[Tensor]) -> float:
+    """The coarsest machine epsilon among the leaves."""
+    return max(torch.finfo(leaf.dtype).eps for leaf in leaves)

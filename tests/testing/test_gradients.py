@@ -1,0 +1,221 @@
+"""assert_gradients_match: verdicts, routes, trees, types, and what the message says."""
+
+import pytest
+import torch
+from torch import nn
+
+from implicitlayers.testing import (
+    GradientMismatch,
+    InconclusiveGradients,
+    assert_gradients_match,
+    compare_gradients,
+)
+from implicitlayers.testing.report import judge
+from tests.testing.planted import cubic, function, linear, same, tangent, transposed
+
+F32, F64 = torch.float32, torch.float64
+A = torch.tensor([[2.0, 1.0], [-0.5, 3.0]], dtype=F64)
+B = torch.tensor([1.0, -2.0], dtype=F64)
+ALL = ("reverse", "forward", "vmap")
+
+
+def routes(report):
+    return {c.what.partition(",")[0] for c in report.comparisons}
+
+
+def test_a_right_layer_agrees_by_every_route():
+    report = assert_gradients_match(torch.linalg.inv, A, order=2)
+    assert report.verdict == "agree"
+    assert report.agrees
+    assert routes(report) == {
+        "reverse mode", "forward mode", "reverse over reverse", "forward over reverse", "forward over forward", "vmap",
+        "reverse mode through vmap", "reverse over reverse through vmap",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("modes", [("reverse",), ("forward",), ("reverse", "forward")])
+def test_only_the_modes_asked_for_are_compared(modes):
+    report = assert_gradients_match(torch.sin, B, modes=modes, order=2)
+    assert not any("vmap" in route for route in routes(report))
+    assert any("reverse mode" in r for r in routes(report)) == ("reverse" in modes)
+    assert any("forward mode" in r for r in routes(report)) == ("forward" in modes)
+
+
+def test_a_function_written_by_hand_agrees_in_first_order():
+    assert assert_gradients_match(linear(transposed, tangent), A, B).agrees
+
+
+def test_the_message_names_entry_values_floor_and_oracle():
+    wrong = function(lambda x: x.sin(), lambda v, y, x: v * x.cos() * torch.tensor([1.0, 1.5], dtype=F64))
+    with pytest.raises(GradientMismatch) as caught:
+        assert_gradients_match(wrong, B, modes=("reverse",))
+    worst = caught.value.report.worst
+    assert worst.entry == "input[0][1] of Jᵀv"
+    assert worst.found == pytest.approx(1.5 * worst.expected)
+    assert 0 < worst.floor < 1e-8
+    for part in ("input[0][1]", f"{worst.found:.10g}", f"{worst.expected:.10g}", "floor", "finite differences"):
+        assert part in str(caught.value)
+
+
+def test_the_worst_of_several_is_told_first():
+    wrong = function(lambda x, y: x * y, lambda v, out, x, y: (v * y * 1.001, v * x * 2))
+    report = compare_gradients(wrong, A, B, modes=("reverse",))
+    assert "input[1]" in report.worst.what
+    assert str(report).splitlines()[1].startswith("disagree: reverse mode, derivative in input[1]")
+
+
+@pytest.mark.parametrize("layer", [lambda x: x.detach().sin(), lambda x: x.detach().sin() + 0 * x])
+def test_no_gradient_is_a_wrong_gradient(layer):
+    report = compare_gradients(layer, B, modes=("reverse",))
+    assert report.verdict == "disagree"
+    assert report.worst.found == 0
+
+
+def test_a_zero_derivative_agrees():
+    assert compare_gradients(lambda x, y: x.sin() + 0 * y, B, B).agrees
+    assert compare_gradients(lambda x: (x * 0 + 3).square(), B, order=2).agrees
+
+
+def test_nan_is_wrong():
+    nan = function(lambda x: x.sin(), lambda v, y, x: v * torch.nan)
+    assert compare_gradients(nan, B, modes=("reverse",)).verdict == "disagree"
+
+
+def test_a_missing_mode_is_told_and_not_skipped():
+    no_forward = function(lambda x: x.sin(), lambda v, y, x: v * x.cos())
+    with pytest.raises(GradientMismatch, match="forward mode raised NotImplementedError"):
+        assert_gradients_match(no_forward, B)
+    assert assert_gradients_match(no_forward, B, modes=("reverse", "vmap")).agrees
+
+
+@pytest.mark.parametrize("noise", [1e-7, 1e-5])
+def test_noise_makes_it_inconclusive_not_right_and_not_wrong(noise):
+    def noisy(x):
+        return x.sin() + noise * (x.detach() * 1e9).sin()
+
+    with pytest.raises(InconclusiveGradients, match="Solve more tightly"):
+        assert_gradients_match(noisy, B, modes=("reverse",))
+    assert assert_gradients_match(noisy, B, modes=("reverse",), reference=torch.sin).agrees
+    assert assert_gradients_match(noisy, B, modes=("reverse",), tol=1e4 * noise).agrees
+
+
+def test_noise_does_not_hide_what_is_far_above_it():
+    wrong = function(lambda x: x.sin() + 1e-6 * (x * 1e9).sin(), lambda v, y, x: 2 * v * x.cos())
+    assert compare_gradients(wrong, B, modes=("reverse",)).verdict == "disagree"
+
+
+def test_a_discontinuity_is_no_disagreement():
+    # LAPACK flips signs of Q as soon as the matrix is not exactly the identity.
+    report = compare_gradients(lambda M: torch.linalg.qr(M)[0], torch.eye(3, dtype=F64), modes=("reverse", "forward"))
+    assert report.verdict != "disagree"
+
+
+def test_nothing_on_either_side_is_inconclusive():
+    def only_here(x):
+        if (x != B).any():
+            raise RuntimeError("outside")
+        return x * 1
+
+    report = compare_gradients(only_here, B, modes=("reverse",))
+    assert report.verdict == "inconclusive"
+    assert "No difference quotient" in report.worst.reason
+
+
+@pytest.mark.parametrize("held", [same, torch.Tensor.detach])
+def test_second_derivatives_tell_a_detached_solution(held):
+    layer, right = cubic(held), held is same
+    assert compare_gradients(layer, B, modes=("reverse",)).agrees
+    assert compare_gradients(layer, B, modes=("reverse",), order=2).agrees == right
+
+
+def test_trees_integers_and_frozen_inputs():
+    def layer(tree, k, data):
+        return {"y": tree["w"] * k + data.sin(), "count": k}, [tree["b"][0].exp()]
+
+    tree = {"w": B, "b": (torch.tensor(0.5, dtype=F64),)}
+    report = assert_gradients_match(layer, tree, 3, B, modes=("reverse", "forward"))
+    assert {c.what.rpartition(" ")[2] for c in report.comparisons} == {"input[0]['w']", "input[0]['b'][0]", "input[2]"}
+    chosen = {"w": B.clone().requires_grad_(), "b": tree["b"]}
+    report = assert_gradients_match(layer, chosen, 3, B, modes=("reverse", "forward"))
+    assert {c.what.rpartition(" ")[2] for c in report.comparisons} == {"input[0]['w']"}
+
+
+def test_a_wrong_small_leaf_does_not_hide_behind_a_large_one():
+    wrong = function(lambda x, y: 1e8 * x + 1e-3 * y, lambda v, out, x, y: (1e8 * v, 2e-3 * v))
+    assert "input[1]" in compare_gradients(wrong, B, B, modes=("reverse",)).worst.what
+
+
+def test_parameters_of_a_module_are_inputs():
+    report = assert_gradients_match(nn.Linear(2, 3), torch.ones(2), order=2)
+    assert any("parameter['weight']" in c.what for c in report.comparisons)
+    assert "in float64" in report.comparisons[0].oracle
+
+
+def test_float32_is_compared_in_float64():
+    report = assert_gradients_match(torch.linalg.solve, A.float(), B.float())
+    assert all(c.floor < 1e-6 for c in report.comparisons if "finite" in c.oracle)
+
+
+def test_a_layer_that_insists_on_float32_is_compared_in_float32():
+    def stubborn(x):
+        assert x.dtype == F32, "single precision only"
+        return x.sin()
+
+    def refusing(x):
+        if x.dtype != F32:
+            raise TypeError("single precision only")
+        return x.sin()
+
+    report = compare_gradients(refusing, B.float())
+    assert report.verdict in ("agree", "inconclusive")
+    assert "in float64" not in report.comparisons[0].oracle
+    with pytest.raises(AssertionError, match="single precision"):
+        compare_gradients(stubborn, B.float())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((torch.ones(2, dtype=torch.int64),), {}, "no floating tensor"),
+        ((B,), {"modes": "reverse"}, "pass a tuple"),
+        ((B,), {"modes": ("backward",)}, "pass a tuple"),
+        ((B,), {"order": 3}, "order is 3"),
+    ],
+)
+def test_misuse_is_told(arguments, options, words):
+    with pytest.raises(TypeError, match=words):
+        compare_gradients(torch.sin, *arguments, **options)
+
+
+def test_what_cannot_be_called_is_told():
+    with pytest.raises(TypeError, match="cannot be called"):
+        compare_gradients(B, B)
+
+
+def _judge(found, expected, floor, scale=1.0, natural=1.0, tol=1e-6):
+    found, expected, floor = (torch.tensor([t], dtype=F64) for t in (found, expected, floor))
+    return judge(found, expected, floor, scale=torch.tensor([scale], dtype=F64), natural=natural, tol=tol)[0]
+
+
+@pytest.mark.parametrize(
+    ("found", "floor", "verdict"),
+    [
+        (1.0, 1e-9, "agree"),
+        (1.0 + 5e-7, 1e-9, "agree"),
+        (1.0 + 2e-6, 1e-9, "disagree"),
+        (1.0 + 2e-6, 5e-7, "inconclusive"),
+        (1.0, 1e-3, "inconclusive"),
+        (1.5, 1e-3, "disagree"),
+        (float("nan"), 1e-9, "disagree"),
+        (1.0, float("inf"), "inconclusive"),
+        (float("nan"), float("inf"), "inconclusive"),
+    ],
+)
+def test_verdicts(found, floor, verdict):
+    assert _judge(found, 1.0, floor) == verdict
+
+
+def test_no_floor_above_the_tolerance_passes():
+    assert _judge(1.0, 1.0, 1.1e-6) == "inconclusive"
+    assert _judge(0.0, 0.0, 1e-9, scale=0.0) == "agree"
+    assert _judge(0.0, 0.0, 1e-5, scale=0.0) == "inconclusive"
