@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from applications.imaml import algorithms
+from applications.imaml import networks
 from applications.imaml.algorithms import meta_loss
 from applications.imaml.config import Config
 from applications.imaml.episodes import Tasks
@@ -35,7 +35,7 @@ def cross_entropy(vector, images, labels):
 
 @pytest.fixture
 def problem(monkeypatch):
-    monkeypatch.setattr(algorithms, "forward", tiny)
+    monkeypatch.setattr(networks, "forward", tiny)
     labels = torch.arange(WAYS).expand(TASKS, WAYS)
     support, query = torch.randn(2, TASKS, WAYS, FEATURES, dtype=torch.float64)
     return 0.7 * torch.randn(sum(SIZES), dtype=torch.float64), Tasks(support, labels, query, labels)

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 import implicitlayers as il
 from applications.imaml import networks
+from applications.imaml.algorithms.curvature import conjugate_gradients, implicit
 from applications.imaml.algorithms.strength import network_of, strengths
-from applications.imaml.config import Config
+from applications.imaml.config import TORCH, Config
 from applications.imaml.episodes import Tasks
-from applications.imaml.networks import Parameters
+from applications.imaml.networks import HEAD, Parameters
 
-__all__ = ["adapt", "implicit"]
+__all__ = ["adapt"]
 
 
 def adapt(
@@ -33,51 +34,35 @@ def adapt(
     Args:
         theta: meta-parameters.
         task: one task, without the leading dimension; its query images aren't looked at.
-        config: the inner problem and its solver.
+        config: the inner problem and its solver. ANIL's unknown is the last layer alone, on features that stay as they
+            are; everyone else's is the network.
         adjoint: how the solution is differentiated; by the implicit function theorem, as ``config`` says, if None.
         start: where the solver starts; at ``theta`` if None.
 
     Returns:
-        The solution; its value is the task's parameters.
+        The solution; its value is the task's parameters, all of them.
     """
-    anchor, lam = network_of(theta), strengths(theta, config)
-    start = anchor if start is None else start
-    how: dict[str, Any] = {
-        "solver": _SOLVERS[config.inner](config) if config.inner in _SOLVERS else _torch_optimizer(config),
-        "adjoint": implicit(config) if adjoint is None else adjoint,
+    anchor = network_of(theta)
+    objective, seen, unknown = _SUPPORT_LOSS, task.support_images, list(anchor)
+    if config.algorithm == "anil":
+        objective, seen, unknown = _HEAD_LOSS, networks.features(anchor, task.support_images), list(HEAD)
+    solution = il.argmin(
+        objective,
+        _chosen(anchor if start is None else start, unknown),
+        seen,
+        task.support_labels,
+        regularizer=il.Proximal(_chosen(anchor, unknown), strengths(theta, unknown, config)),
+        solver=_solver(config),
+        adjoint=implicit(config) if adjoint is None else adjoint,
         # A solver that runs a fixed number of steps has no convergence to speak of, and a task on which it fails must
         # not end a run of hours: it shows in the metrics.
-        "on_failure": "ignore",
-    }
-    if config.algorithm != "anil":
-        pull = il.Proximal(anchor, lam)
-        data = task.support_images, task.support_labels
-        return il.argmin(_SUPPORT_LOSS, start, *data, regularizer=pull, **how)
-    last, features = _head(anchor), networks.features(anchor, task.support_images)
-    pull = il.Proximal(last, lam if isinstance(lam, Tensor | float) else _head(lam))
-    solution = il.argmin(_HEAD_LOSS, _head(start), features, task.support_labels, regularizer=pull, **how)
+        on_failure="ignore",
+    )
     return replace(solution, value={**anchor, **solution.value})
 
 
-def implicit(config: Config) -> il.Implicit:
-    """The derivative by the implicit function theorem.
-
-    Args:
-        config: its linear system.
-
-    Returns:
-        The adjoint.
-    """
-    return il.Implicit(
-        linear_solver=_conjugate_gradients(config),
-        damping=config.damping,
-        curvature="gauss_newton" if config.curvature == "gauss-newton" else "hessian",
-        on_failure="ignore",
-    )
-
-
-def _head(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: parameters[name] for name in networks.HEAD}
+def _chosen(parameters: Parameters, names: list[str]) -> Parameters:
+    return {name: parameters[name] for name in names}
 
 
 def _logits(phi: Parameters, images: Tensor, labels: Tensor) -> Tensor:
@@ -88,7 +73,7 @@ def _logits_of_features(phi: Parameters, features: Tensor, labels: Tensor) -> Te
     return networks.head(phi, features)
 
 
-def _mean_cross_entropy(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+def _mean_cross_entropy(logits: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
@@ -97,9 +82,10 @@ _SUPPORT_LOSS = il.Composite(_logits, _mean_cross_entropy)
 _HEAD_LOSS = il.Composite(_logits_of_features, _mean_cross_entropy)
 
 
-def _conjugate_gradients(config: Config) -> il.CG:
-    # A fixed number of steps, so that nothing waits for the device to say whether it has converged.
-    return il.CG(rtol=None, atol=None, max_steps=config.cg_steps)
+def _solver(config: Config) -> il.Solver[Any]:
+    if config.inner.startswith(TORCH):
+        return _torch_optimizer(config)
+    return _SOLVERS[config.inner](config)
 
 
 def _gradient(config: Config) -> il.Solver[Any]:
@@ -113,7 +99,7 @@ def _adam(config: Config) -> il.Solver[Any]:
 # A tolerance of 0 is never met, so all steps are taken; but unlike without a tolerance, the line search may look at its
 # trials and stop at the first that will do.
 def _hessian_free(config: Config) -> il.Solver[Any]:
-    directions, search = _conjugate_gradients(config), il.Armijo()
+    directions, search = conjugate_gradients(config), il.Armijo()
     return il.Newton(linear_solver=directions, line_search=search, rtol=0.0, atol=0.0, max_steps=config.inner_steps)
 
 
@@ -122,7 +108,7 @@ def _lbfgs(config: Config) -> il.Solver[Any]:
 
 
 def _torch_optimizer(config: Config) -> il.Solver[Any]:
-    optimizer = getattr(torch.optim, config.inner.removeprefix("torch."))
+    optimizer = getattr(torch.optim, config.inner.removeprefix(TORCH))
     return il.TorchOptimizer(
         lambda params: optimizer(params, lr=config.inner_lr), rtol=None, atol=None, max_steps=config.inner_steps
     )

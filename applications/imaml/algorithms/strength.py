@@ -1,38 +1,39 @@
 """lam, the strength of the pull towards the meta-parameters: given, or learnt with them.
 
-A learnt strength is a meta-parameter beside those of the network, as the logarithm of it, so that it stays positive under any
-step: one for all parameters, or one for each layer. It is initialised with the given strength.
+A learnt strength is a meta-parameter beside those of the network: one for all parameters, or one for each layer. It is
+kept as its logarithm, so that it stays positive under any step, and starts at the given strength.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from applications.imaml.config import Config
-from applications.imaml.networks import Parameters
+from applications.imaml.networks import HEAD, Parameters
 
-__all__ = ["initial_strengths", "network_of", "strengths", "strengths_by_layer"]
+__all__ = ["initial_strengths", "learnt_strengths", "network_of", "strengths"]
 
-_LOGARITHM = "log_lam."
+_PREFIX = "log_lam."
 _ALL = "all"
 
 
-def initial_strengths(theta: Parameters, config: Config) -> Parameters:
+def initial_strengths(network: Parameters, config: Config) -> Parameters:
     """The meta-parameters of the strength before training.
 
     Args:
-        theta: parameters of a new network.
+        network: parameters of a new network.
         config: whether the strength is learnt, and what it is at first.
 
     Returns:
-        Logarithms by name; none if it is given.
+        0-d logarithms by name, of the layers that are adapted; none if the strength is given.
     """
-    layers = {"no": [], "scalar": [_ALL], "layer": sorted({_layer(name) for name in theta})}[config.learn_lam]
-    like = next(iter(theta.values()))
-    return {f"{_LOGARITHM}{layer}": torch.full((), math.log(config.lam), dtype=like.dtype) for layer in layers}
+    adapted = HEAD if config.algorithm == "anil" else network
+    layers = {"none": [], "scalar": [_ALL], "layer": list(dict.fromkeys(map(_layer, adapted)))}[config.learn_lam]
+    like = next(iter(network.values()))
+    return {f"{_PREFIX}{layer}": like.new_full((), math.log(config.lam)) for layer in layers}
 
 
 def network_of(theta: Parameters) -> Parameters:
@@ -44,38 +45,38 @@ def network_of(theta: Parameters) -> Parameters:
     Returns:
         Those that aren't strengths.
     """
-    return {name: value for name, value in theta.items() if not name.startswith(_LOGARITHM)}
+    return {name: value for name, value in theta.items() if not name.startswith(_PREFIX)}
 
 
-def strengths(theta: Parameters, config: Config) -> float | Tensor | Parameters:
-    """The strength for every parameter of the network.
+def strengths(theta: Parameters, names: Iterable[str], config: Config) -> float | Tensor | Parameters:
+    """The strength for parameters of the network, differentiable where it is learnt.
 
     Args:
         theta: meta-parameters.
-        config: the given strength.
+        names: the parameters that it is wanted for.
+        config: the given strength, and whether it is learnt.
 
     Returns:
         A number or a 0-d tensor for all of them, or a 0-d tensor for each by name.
     """
-    if config.learn_lam == "no":
+    if config.learn_lam == "none":
         return config.lam
     if config.learn_lam == "scalar":
-        return theta[f"{_LOGARITHM}{_ALL}"].exp()
-    by_layer = strengths_by_layer(theta)
-    return {name: by_layer[_layer(name)] for name in network_of(theta)}
+        return theta[f"{_PREFIX}{_ALL}"].exp()
+    return {name: theta[f"{_PREFIX}{_layer(name)}"].exp() for name in names}
 
 
-def strengths_by_layer(theta: Parameters) -> Parameters:
-    """The learnt strengths.
+def learnt_strengths(theta: Parameters) -> dict[str, float]:
+    """The learnt strengths, for the record.
 
     Args:
         theta: meta-parameters.
 
     Returns:
-        0-d tensors by layer, one called "all" where one is for all; none where nothing is learnt.
+        Numbers by layer, one called "all" where it is for all; none where nothing is learnt.
     """
-    logarithms = {name: value for name, value in theta.items() if name.startswith(_LOGARITHM)}
-    return {name.removeprefix(_LOGARITHM): value.exp() for name, value in logarithms.items()}
+    logarithms = {name.removeprefix(_PREFIX): value for name, value in theta.items() if name.startswith(_PREFIX)}
+    return {layer: math.exp(value.item()) for layer, value in logarithms.items()}
 
 
 def _layer(name: str) -> str:
