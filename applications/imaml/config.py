@@ -251,6 +251,18 @@ class Config:
         return cls(**values)
 
 
+def usual_lam(algorithm: AlgorithmName) -> float:
+    """The strength of the pull that an algorithm is used with.
+
+    Args:
+        algorithm: its name.
+
+    Returns:
+        The default for iMAML; 0, as published, for those that were conceived without a pull.
+    """
+    return Config.lam if algorithm == "imaml" else 0.0
+
+
 def help_of(name: str) -> str:
     """What a setting means.
 
