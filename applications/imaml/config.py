@@ -170,10 +170,15 @@ class Config:
                 "lam=0 cannot be with imaml, whose solution depends on the meta-parameters through the pull alone; "
                 "pass a number above 0, or algorithm='maml'."
             )
-        if self.algorithm in _PATH and self.inner.startswith(TORCH):
+        if self.algorithm in _PATH and (self.inner.startswith(TORCH) or self.inner == "hessian-free"):
+            why = (
+                "a few conjugate gradient steps would be differentiated as if they had converged"
+                if self.inner == "hessian-free"
+                else "the steps of torch.optim leave no graph to differentiate"
+            )
             raise ConfigError(
-                f"inner={self.inner!r} cannot be with {self.algorithm}: the steps of torch.optim leave no graph to "
-                f"differentiate; pass one of {', '.join(get_args(InnerName))}, or algorithm='imaml' or 'fomaml'."
+                f"inner={self.inner!r} cannot be with {self.algorithm}: {why}; pass inner='gradient', 'adam' or "
+                f"'lbfgs', or algorithm='imaml' or 'fomaml'."
             )
         self._check_learnt_strength()
         self._check_path_steps()

@@ -29,6 +29,7 @@ def test_settings_are_read_back_as_they_were_saved(tmp_path):
         ({"inner": None}, "inner=None is not known"),
         ({"algorithm": "maml", "inner": "torch.SGD"}, "inner='torch.SGD' cannot be with maml: .* no graph"),
         ({"algorithm": "anil", "inner": "torch.Adam"}, "inner='torch.Adam' cannot be with anil"),
+        ({"algorithm": "maml", "inner": "hessian-free"}, "inner='hessian-free' cannot be with maml: .* had converged"),
         ({"learn_lam": "both"}, "learn_lam='both' is not known; pass one of none, scalar, layer"),
         (
             {"algorithm": "fomaml", "learn_lam": "scalar"},
