@@ -1,7 +1,8 @@
 """Checkpoints: of a recorded run only the states between stretches of steps are kept.
 
 A stretch of steps is one map z⁺ = S(z, θ) of the solver's state z and the problem's tensors θ, and one autograd
-Function. Its forward takes the steps without recording them and saves z and θ. Its derivatives take them again, recorded,
+Function. Its forward takes the steps without recording them and saves z and θ. Its derivatives take them again,
+recorded,
 
     vᵀ ∂S/∂(z, θ)   by `pullback` in `backward`,      ∂S/∂(z, θ) t   by `pushforward` in `jvp`,
 
