@@ -8,10 +8,10 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import memory, meta_step
+from benchmarks import accuracy, adjoint, memory, meta_step
 from benchmarks.report import publish
 
-BENCHMARKS = {"meta_step": meta_step.run, "memory": memory.run}
+BENCHMARKS = {"meta_step": meta_step.run, "memory": memory.run, "adjoint": adjoint.run, "accuracy": accuracy.run}
 
 
 def main(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +14,8 @@ from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "graph_leaves", "is_wrapped",
-    "opaque_to_compile", "primal", "pullback", "pushforward",
+    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "full_precision", "graph_leaves", "is_wrapped",
+    "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward",
 ]  # fmt: skip
 
 
@@ -63,6 +64,12 @@ def opaque_to_compile(fn: C) -> C:
     return torch.compiler.disable(fn)  # type: ignore[return-value]
 
 
+def full_precision(t: Tensor) -> AbstractContextManager[Any]:
+    """Context without autocast on the device of `t`: a solve in half precision would stall at three digits."""
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def primal(t: Tensor) -> Tensor:
     """Drop the tangent of a dual tensor; other tensors pass."""
     return forward_ad.unpack_dual(t).primal if forward_ad._current_level >= 0 else t
@@ -102,6 +109,21 @@ def batched(fn: Callable[..., Any], lanes: Sequence[Sequence[int | None]], leadi
     for dims in lanes:
         fn = vmap(fn, in_dims=(*([0] * leading), *dims))
     return fn
+
+
+def over_legacy_lanes(f: Callable[[Tensor], Sequence[Tensor]], v: Tensor) -> Sequence[Tensor]:
+    """Map `f` over the lanes that ``torch.autograd.grad(..., is_grads_batched=True)`` gives a cotangent.
+
+    They belong to an older vmap, of which torch.func knows nothing and which hardly any operation supports. So they are
+    taken off, and put back on the results.
+    """
+    if not torch._C._dispatch_keys(v).has(torch._C._dispatch_key_parse("Batched")):
+        return f(v)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    rows = torch._remove_batch_dim(v, level, 0, 0)  # pyright: ignore[reportPrivateImportUsage]
+    pulled = vmap(lambda row: tuple(f(row)))(rows)
+    return [torch._add_batch_dim(t, 0, level) for t in pulled]  # pyright: ignore[reportPrivateImportUsage]
 
 
 def pullback(f: Callable[..., Any], primals: Sequence[Any], cotangent: Any) -> tuple[Any, ...]:

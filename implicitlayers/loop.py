@@ -121,7 +121,7 @@ def iterate(algorithm: Algorithm[P, S], problem: P, x: Tensor, max_steps: int, *
     return Finished(state, status, steps)
 
 
-def check_tolerances(owner: Any) -> None:
+def check_tolerances(owner: Any, least_steps: int = 1) -> None:
     """Validate the fields ``rtol``, ``atol`` and ``max_steps`` of a configuration object."""
     name = type(owner).__name__
     if (owner.rtol is None) != (owner.atol is None):
@@ -133,7 +133,7 @@ def check_tolerances(owner: Any) -> None:
         value = getattr(owner, field)
         if value is not None and not value >= 0:
             raise MisuseError(f"{name}({field}={value}): a tolerance cannot be negative or NaN; pass a number >= 0.")
-    if not isinstance(owner.max_steps, int) or owner.max_steps < 1:
+    if not isinstance(owner.max_steps, int) or owner.max_steps < least_steps:
         raise MisuseError(
             f"{name}(max_steps={owner.max_steps!r}): at least one step is needed; pass a positive integer."
         )
@@ -147,12 +147,20 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm(a: Tensor) -> Tensor:
-    """Euclidean norm per lane that neither overflows nor underflows: the largest entry is divided out first."""
-    largest = a.abs().amax(-1)
+    """Euclidean norm per lane that neither overflows nor underflows: the largest entry is divided out first.
+
+    Its derivative is a/‖a‖, and 0 at 0, where there is none.
+    """
+    # What is divided out is multiplied back, so that no derivative passes through it.
+    largest = a.detach().abs().amax(-1)
     # Division multiplies by the reciprocal, which is infinite for subnormal numbers.
     safe = torch.where(torch.isfinite(largest), largest.clamp_min(torch.finfo(a.dtype).tiny), torch.ones_like(largest))
     scaled = a / safe.unsqueeze(-1)
-    return dot(scaled, scaled).sqrt().to(a.dtype) * safe
+    squares = dot(scaled, scaled)
+    # The derivative of sqrt is infinite at 0, and NaN after the chain rule.
+    positive = squares > 0
+    root = torch.where(positive, torch.where(positive, squares, torch.ones_like(squares)).sqrt(), squares)
+    return root.to(a.dtype) * safe
 
 
 def not_finite(*quantities: Tensor) -> Tensor:

@@ -11,24 +11,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
-from implicitlayers import tape
-from implicitlayers.functorch import batched, is_wrapped, pullback, pushforward
-from implicitlayers.status import MisuseError
+from implicitlayers.functorch import batched
 
 __all__ = [
     "Bound",
-    "Composite",
+    "Bounded",
     "Condition",
+    "Kind",
     "Lanes",
-    "ObjectiveTerm",
+    "Nonsmooth",
     "Outcome",
+    "Posed",
     "Potential",
     "Term",
     "aligned",
@@ -39,25 +39,12 @@ Lanes = tuple[tuple[int | None, ...], ...]
 """One entry a vmap level, the innermost first: for every tensor, 0 where it has that lane dimension, None where not."""
 
 
-class Composite:
-    """An objective ``loss(model(x, *params), *params)`` that declares its two parts.
+class Kind(Enum):
+    """What a solver is faced with."""
 
-    The split is what Gauss-Newton curvature needs: with J = ∂model/∂x and B = ∂²loss/∂z², the matrix JᵀBJ is positive
-    semidefinite wherever the loss is convex in the model's output z (squared error, cross entropy), also where the
-    Hessian is not, and its products are cheaper.
-
-    Args:
-        model: ``(x, *params) -> z``, any tensor or tree of tensors.
-        loss: ``(z, *params) -> scalar``, convex in z.
-    """
-
-    def __init__(self, model: Callable[..., Any], loss: Callable[..., Any]) -> None:
-        self.model = model
-        self.loss = loss
-
-    def __call__(self, x: Any, *params: Any) -> Any:
-        """Evaluate the objective."""
-        return self.loss(self.model(x, *params), *params)
+    MINIMUM = "a smooth objective"
+    COMPOSITE = "a smooth objective plus a part that has kinks or constraints"
+    ROOT = "an equation without an objective"
 
 
 class Outcome(NamedTuple):
@@ -76,9 +63,11 @@ class Term(ABC):
     Attributes:
         slots: positions in the problem's list of tensors of those this term depends on; the methods below take exactly
             these tensors.
+        symmetric: whether ∂residual/∂x is a symmetric matrix, as that of a gradient is.
     """
 
     slots: tuple[int, ...]
+    symmetric: ClassVar[bool] = True
 
     @abstractmethod
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
@@ -86,16 +75,29 @@ class Term(ABC):
 
     @abstractmethod
     def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
-        """(∂residual/∂x) y, ``[n]``; differentiable in all arguments, any number of times. Symmetric."""
+        """(∂residual/∂x) y, ``[n]``; differentiable in all arguments, any number of times."""
 
-    def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
-        """Return y ↦ (∂residual/∂x) y on all lanes; where it pays, what does not depend on y is computed once."""
-        product = batched(self.product, tuple((0, *level) for level in lanes))
+    def transposed(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
+        """(∂residual/∂x)ᵀ y, likewise."""
+        return self.product(y, x, *params)
+
+    def linearize(
+        self, x: Tensor, params: Sequence[Tensor], lanes: Lanes, *, transposed: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """Return y ↦ (∂residual/∂x) y, or its transpose, on all lanes.
+
+        Where it pays, what does not depend on y is computed once.
+        """
+        product = batched(self.transposed if transposed else self.product, tuple((0, *level) for level in lanes))
         return lambda y: product(y, x, *params)
 
     def diagonal(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Tensor | None:
         """The diagonal ``[*lanes, n or 1]`` of ∂residual/∂x where that is a diagonal matrix, else None."""
         return None
+
+    def with_gauss_newton(self) -> Term:
+        """The same term, its products with the Gauss-Newton matrix where the term declares one."""
+        return self
 
 
 class Potential(Term):
@@ -106,99 +108,41 @@ class Potential(Term):
         """Contribution to the objective, 0-d."""
 
     @abstractmethod
+    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
+        """Value ``[*lanes]`` and residual ``[*lanes, n]`` on all lanes."""
+
     def accumulate(
         self, value: Tensor, F: Tensor, x: Tensor, params: Sequence[Tensor], lanes: Lanes
     ) -> tuple[Tensor, Tensor]:
         """Add value and residual on all lanes to ``value [*lanes]`` and ``F [*lanes, n]``."""
-
-
-@dataclass(frozen=True)
-class ObjectiveTerm(Potential):
-    """The gradient of an objective given as a function of the flat unknown.
-
-    Attributes:
-        fn: ``(x, *params) -> scalar``.
-        slots: see `Term`.
-        model: ``(x, *params) -> z`` where the objective declares the split.
-        loss: ``(z, *params) -> scalar``.
-        uses_unknown: whether fn looks at x at all; one that does must be differentiable in it.
-        gauss_newton: whether `product` and `linearize` use JᵀBJ instead of the Hessian.
-    """
-
-    fn: Callable[..., Tensor]
-    slots: tuple[int, ...]
-    model: Callable[..., Any] | None = None
-    loss: Callable[..., Tensor] | None = None
-    uses_unknown: bool = True
-    gauss_newton: bool = False
-
-    def value(self, x: Tensor, *params: Tensor) -> Tensor:
-        return self.fn(x, *params)
-
-    def residual(self, x: Tensor, *params: Tensor) -> Tensor:
-        return grad(self.fn)(x, *params)
-
-    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
-        """Objective ``[*lanes]`` and its gradient ``[*lanes, n]``."""
-        # Lanes are independent, so the gradient of all their values is pulled back at once: one transform less on every
-        # operation than mapping a gradient over the lanes.
-        fn = batched(self.fn, lanes)
-        if _recorded(x):
-
-            def total(z: Tensor) -> tuple[Tensor, Tensor]:
-                value = fn(z, *params)
-                return value.sum(), value
-
-            gradient, value = grad(total, has_aux=True)(x)
-            return value, gradient
-        # PyTorch's own tape costs half of what a transform costs in Python.
-        z, given = x.detach().requires_grad_(), [p.detach() for p in params]
-        with torch.enable_grad():
-            value = fn(z, *given)
-            total_value = value.sum()
-        if self.uses_unknown and not total_value.requires_grad:
-            raise MisuseError(
-                "the objective uses x but returns a value that carries no derivative with respect to it; leave out "
-                ".detach(), .item(), numpy and torch.no_grad(), or non-differentiable operations such as argmax."
-            )
-        gradient = tape.gradient(total_value, z)
-        return value.detach(), gradient
-
-    def accumulate(
-        self, value: Tensor, F: Tensor, x: Tensor, params: Sequence[Tensor], lanes: Lanes
-    ) -> tuple[Tensor, Tensor]:
         own_value, own_residual = self.value_and_residual(x, params, lanes)
         return value + own_value, F + own_residual
 
-    def product(self, y: Tensor, x: Tensor, *params: Tensor) -> Tensor:
-        if not self.gauss_newton:
-            # The Hessian is symmetric, so the product is a vector-Jacobian product of the gradient: plain reverse mode.
-            return pullback(lambda z: self.residual(z, *params), [x], y)[0]
-        assert self.model is not None and self.loss is not None
-        model, loss = self.model, self.loss
 
-        def at(w: Tensor) -> Any:
-            return model(w, *params)
+class Nonsmooth(ABC):
+    """The part of an objective that has kinks or is infinite outside a set, for one lane; known by its proximal map.
 
-        Jy = pushforward(at, [x], [y])
-        BJy = pullback(lambda o: grad(loss)(o, *params), [at(x)], Jy)[0]
-        return pullback(at, [x], BJy)[0]
+    Attributes:
+        slots: as those of a `Term`.
+    """
 
-    def linearize(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> Callable[[Tensor], Tensor]:
-        if _recorded(x):
-            return super().linearize(x, params, lanes)
-        given = [p.detach() for p in params]
-        if not self.gauss_newton:
-            fn = batched(self.fn, lanes)
-            return tape.hessian(lambda z: fn(z, *given).sum(), x)
-        assert self.model is not None and self.loss is not None
-        model, loss = batched(self.model, lanes), batched(self.loss, lanes)
-        return tape.gauss_newton(lambda z: model(z, *given), lambda o: loss(o, *given).sum(), x)
+    slots: tuple[int, ...]
+
+    @abstractmethod
+    def prox(self, y: Tensor, step: Tensor, *params: Tensor) -> Tensor:
+        """argmin_x value(x) + ‖x - y‖²/(2 step), ``[n]``; differentiable almost everywhere in y and params."""
+
+    @abstractmethod
+    def value(self, x: Tensor, *params: Tensor) -> Tensor:
+        """Contribution to the objective, 0-d; for a constraint 0, at x that satisfy it."""
 
 
-def _recorded(x: Tensor) -> bool:
-    """Whether what is computed from x may be differentiated from outside: not inside a Function's forward."""
-    return torch.is_grad_enabled() or is_wrapped(x)
+class Bounded(Nonsmooth):
+    """The indicator of a box, which some methods take as bounds."""
+
+    @abstractmethod
+    def bounds(self, x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds, each ``[n]`` like x; infinite where there is none."""
 
 
 def aligned(t: Tensor, has: Sequence[int | None]) -> Tensor:
@@ -233,8 +177,8 @@ class Condition(ABC):
         """Solve for all lanes ``[*lanes, n]``, without recording a graph."""
 
     @abstractmethod
-    def linear_system(self) -> Condition:
-        """The condition A u - v = 0 with A = ∂F/∂x, whose tensors are ``(v, x, *tensors)``."""
+    def linear_system(self, *, transposed: bool) -> Condition:
+        """The condition A u - v = 0 with A = ∂F/∂x or its transpose, whose tensors are ``(v, x, *tensors)``."""
 
     @abstractmethod
     def with_lanes(self, lanes: Lanes) -> Condition:
@@ -242,33 +186,103 @@ class Condition(ABC):
 
 
 @dataclass(frozen=True)
-class Bound:
-    """Terms with their tensors filled in, over all lanes: what a solver sees."""
+class Posed:
+    """A problem without its tensors.
+
+    Attributes:
+        terms: the smooth part, in which the objective comes first.
+        nonsmooth: the part with kinks, if there is one.
+    """
 
     terms: tuple[Term, ...]
+    nonsmooth: Nonsmooth | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What a solver is faced with."""
+        if self.nonsmooth is not None:
+            return Kind.COMPOSITE
+        return Kind.MINIMUM if all(isinstance(term, Potential) for term in self.terms) else Kind.ROOT
+
+    def bind(self, tensors: Sequence[Tensor], lanes: Lanes = ()) -> Bound:
+        """Fill in the tensors."""
+        return Bound(self, tuple(tensors), lanes)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A problem with its tensors filled in, over all lanes: what a solver sees.
+
+    Attributes:
+        posed: the problem.
+        tensors: what the slots of its terms count.
+        lanes: of the tensors.
+    """
+
+    posed: Posed
     tensors: tuple[Tensor, ...]
     lanes: Lanes
 
+    @property
+    def kind(self) -> Kind:
+        """What a solver is faced with."""
+        return self.posed.kind
+
     def value_and_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Objective ``[*lanes]`` and F ``[*lanes, n]`` at x."""
-        first, *rest = [term for term in self.terms if isinstance(term, Potential)]
-        params, lanes = select(self.tensors, self.lanes, first.slots)
-        if isinstance(first, ObjectiveTerm):
-            value, F = first.value_and_residual(x, params, lanes)
-        else:
-            value, F = first.accumulate(torch.zeros_like(x[..., 0]), torch.zeros_like(x), x, params, lanes)
+        """Objective ``[*lanes]`` and F ``[*lanes, n]`` of the smooth part at x; ½‖F‖² where there is no objective."""
+        potentials = [term for term in self.posed.terms if isinstance(term, Potential)]
+        if len(potentials) < len(self.posed.terms):
+            F = self.residual(x)
+            return (F * F).sum(-1) / 2, F
+        first, *rest = potentials
+        value, F = first.value_and_residual(x, *select(self.tensors, self.lanes, first.slots))
         for term in rest:
             value, F = term.accumulate(value, F, x, *select(self.tensors, self.lanes, term.slots))
         return value, F
 
-    def linearize(self, x: Tensor, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
-        """Return y ↦ A y with A = ∂F/∂x + damping·I at x; what does not depend on y is computed once."""
+    def residual(self, x: Tensor) -> Tensor:
+        """F ``[*lanes, n]`` of the smooth part at x, without an objective."""
+        parts = []
+        for term in self.posed.terms:
+            params, lanes = select(self.tensors, self.lanes, term.slots)
+            parts.append(batched(term.residual, lanes)(x, *params))
+        return sum(parts[1:], parts[0])
+
+    def prox(self, y: Tensor, step: Tensor) -> Tensor:
+        """The proximal map ``[*lanes, n]`` of the nonsmooth part; `step` is ``[*lanes]``."""
+        assert self.posed.nonsmooth is not None
+        params, lanes = select(self.tensors, self.lanes, self.posed.nonsmooth.slots)
+        return batched(self.posed.nonsmooth.prox, lanes, leading=2)(y, step, *params)
+
+    def nonsmooth_value(self, x: Tensor) -> Tensor:
+        """The nonsmooth part of the objective ``[*lanes]``."""
+        assert self.posed.nonsmooth is not None
+        params, lanes = select(self.tensors, self.lanes, self.posed.nonsmooth.slots)
+        return batched(self.posed.nonsmooth.value, lanes)(x, *params)
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Lower and upper bounds, each ``[*lanes, n]`` like x, where the nonsmooth part is a box; else None."""
+        nonsmooth = self.posed.nonsmooth
+        if not isinstance(nonsmooth, Bounded):
+            return None
+        params, lanes = select(self.tensors, self.lanes, nonsmooth.slots)
+        return batched(nonsmooth.bounds, lanes)(x, *params)
+
+    def gauss_newton(self) -> Bound:
+        """The same problem, its curvature products those of Gauss and Newton where a term declares them."""
+        return replace(self, posed=replace(self.posed, terms=tuple(t.with_gauss_newton() for t in self.posed.terms)))
+
+    def linearize(self, x: Tensor, damping: float = 0.0, *, transposed: bool = False) -> Callable[[Tensor], Tensor]:
+        """Return y ↦ A y with A = ∂F/∂x + damping·I at x, or its transpose, of the smooth part.
+
+        What does not depend on y is computed once.
+        """
         products, diagonal = [], x.new_tensor(damping)
-        for term in self.terms:
+        for term in self.posed.terms:
             params, lanes = select(self.tensors, self.lanes, term.slots)
             own = term.diagonal(x, params, lanes)
             if own is None:
-                products.append(term.linearize(x, params, lanes))
+                products.append(term.linearize(x, params, lanes, transposed=transposed))
             else:
                 diagonal = diagonal + own
 
@@ -280,5 +294,5 @@ class Bound:
                 out = out + product(y)
             return torch.addcmul(out, diagonal, y) if plus_diagonal else out
 
-        plus_diagonal = bool(damping) or len(products) < len(self.terms)
+        plus_diagonal = bool(damping) or len(products) < len(self.posed.terms)
         return apply

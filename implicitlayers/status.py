@@ -72,12 +72,23 @@ class Status(IntEnum):
     SINGULAR = (
         6,
         "the linear system has no unique solution, so the minimizer is not isolated",
-        "regularize (Ridge, Proximal), add damping, or remove the unknowns that the objective does not determine",
+        "regularize (Ridge, Proximal), add damping, or remove the unknowns that the objective does not determine, or "
+        "the constraints that repeat others or hold without a multiplier",
     )
     NOT_CHECKED = (
         7,
         "a fixed number of steps was run without looking at the residual, as asked by rtol=atol=None",
         "nothing to do, or set rtol and atol to have convergence checked",
+    )
+    INFEASIBLE = (
+        8,
+        "no point satisfies the constraints: their multipliers grow along a combination that contradicts itself",
+        "relax the right-hand sides b and h, drop a constraint, or give those that may be violated a slack and a price",
+    )
+    UNBOUNDED = (
+        9,
+        "the objective falls without limit inside the constraints",
+        "bound the unknowns, add curvature (a multiple of the identity to Q), or check the sign of q",
     )
 
 
@@ -132,8 +143,17 @@ class AdjointReport:
             the solver sees none.
         damping: the damping that was added to A.
         status: int64 ``[*lanes]``, see `Status`.
-        error_estimate: ``[*lanes]``, bound ‖A u - v‖ / smallest curvature on the error of u relative to the norm of v;
-            infinite where the curvature seen is not positive.
+        error_estimate: ``[*lanes]``, estimate of ‖û - u‖/‖û‖. Here û is the computed solution of A u = v (Aᵀu = v where
+            A is not symmetric, in reverse mode), with the damping that was asked for; u is the exact one. It is
+            ‖A û - v‖/(σ‖û‖) with σ the smallest singular value of A as the linear solver could tell, plus rounding (see
+            `certificate.adjoint_error`), plus `inner_error` where that is measured; infinite where the solver broke
+            down. A gradient is -(∂F/∂θ)ᵀû, so this is its relative error where ∂F/∂θ is a multiple of an isometry, such
+            as the anchor of `Proximal`, and is multiplied by at most the condition number of ∂F/∂θ elsewhere. What
+            moving the solution does to v = ∂L/∂x and to ∂F/∂θ is not part of it.
+        inner_error: ``[*lanes]``, the part of the error that is due to an inexact solution x̂; None unless a
+            `gradient_tol` was given. It is ‖A⁻¹(A(x̂ + d) - A(x̂))û‖/‖û‖ with the Newton step d = -A⁻¹F(x̂), and u above
+            is then the solution with A at the exact solution. Between the forward and the derivative it is the larger
+            of the same for û = d, and of ‖d‖ relative to ‖x̂‖ (or to the way from ``x0``, if that is longer).
     """
 
     steps: Tensor | None = None
@@ -142,6 +162,7 @@ class AdjointReport:
     damping: float | None = None
     status: Tensor | None = None
     error_estimate: Tensor | None = None
+    inner_error: Tensor | None = None
 
 
 @dataclass(frozen=True)

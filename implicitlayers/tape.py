@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["gauss_newton", "gradient", "hessian"]
+__all__ = ["gauss_newton", "gradient", "hessian", "jacobian", "transposed_jacobian"]
 
 
 def gradient(value: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
@@ -29,13 +29,31 @@ def hessian(f: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tens
     return lambda y: _pull([g], z, [y], again=True)
 
 
+def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return y ↦ J y with J = ∂f/∂x, the graph of wᵀJ being built once.
+
+    wᵀJ is linear in w, and its derivative along y is J y: the transpose of the transpose, by reverse mode alone.
+    """
+    at = x.detach().requires_grad_()
+    with torch.enable_grad():
+        z = f(at)
+        w = torch.zeros_like(z).requires_grad_()
+        pulled = _pull([z], at, [w], keep=True, again=True)
+    return lambda y: _pull([pulled], w, [y], again=True)
+
+
+def transposed_jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return y ↦ Jᵀ y with J = ∂f/∂x, the graph being built once."""
+    at = x.detach().requires_grad_()
+    with torch.enable_grad():
+        z = f(at)
+    return lambda y: _pull([z], at, [y], again=True)
+
+
 def gauss_newton(
     model: Callable[[Tensor], Any], loss: Callable[[Any], Tensor], x: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """Return y ↦ Jᵀ B J y with J = ∂model/∂x and B = ∂²loss/∂z² at z = model(x); all three graphs are built once.
-
-    J y is the transpose of the transpose: wᵀJ is linear in w, and its derivative along y is J y. Reverse mode alone.
-    """
+    """Return y ↦ Jᵀ B J y with J = ∂model/∂x and B = ∂²loss/∂z² at z = model(x); all three graphs are built once."""
     at = x.detach().requires_grad_()
     with torch.enable_grad():
         z = pytree.tree_leaves(tree := model(at))

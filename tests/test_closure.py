@@ -193,3 +193,48 @@ def test_attributes_changed_after_the_call_do_not_matter_to_the_backward():
         before = module.theta.clone()
     x.sin().sum().backward()
     assert_near(module.theta.grad, expected_gradient(before))
+
+
+def test_a_loop_variable_that_has_moved_on_is_named():
+    theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    losses = []
+    for data in (torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)):
+        x = il.argmin(lambda x: (x - theta * data).square().sum(), torch.zeros(2, dtype=torch.float64)).value  # noqa: B023
+        losses.append(x.sum())
+    with pytest.raises(il.MisuseError, match=r"shape \(2,\) that it did not use before .*Pass it as a param"):
+        torch.stack(losses).sum().backward()
+
+
+def test_data_overwritten_between_solve_and_backward_is_named():
+    theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    buffer = torch.ones(2, dtype=torch.float64)
+    x = il.argmin(lambda x: (x - theta * buffer).square().sum(), torch.zeros(2, dtype=torch.float64)).value
+    buffer.zero_()
+    with pytest.raises(il.MisuseError, match="changed in place after the solve"):
+        x.sum().backward()
+
+
+def test_a_parameter_met_only_on_another_branch_is_named():
+    theta, late = torch.ones((), requires_grad=True), torch.ones((), requires_grad=True)
+
+    def objective(x):
+        return (x - theta).square() if bool(x <= 0.5) else (x - theta).square() + 0.0 * late
+
+    x = il.argmin(objective, torch.zeros(())).value
+    with pytest.raises(il.MisuseError, match="another branch"):
+        x.backward()
+
+
+def test_what_a_module_keeps_from_its_first_call_is_no_stranger():
+    theta = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    cache = {}
+
+    def objective(x):
+        if "weights" not in cache:
+            cache["weights"] = torch.arange(1, 4, dtype=torch.float64)
+        other = torch.full((3,), 2.0, dtype=torch.float64)
+        return (cache["weights"] * (x - theta * other).square()).sum()
+
+    x = il.argmin(objective, torch.zeros(3, dtype=torch.float64)).value
+    x.sum().backward()
+    torch.testing.assert_close(theta.grad, torch.full_like(theta, 2.0))

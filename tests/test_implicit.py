@@ -39,7 +39,7 @@ def test_cotangents_of_every_scale_in_single_precision(scale, linear_solver):
     # Machine epsilon 1.2e-7 times a condition number below ten, and CG's tolerance.
     torch.testing.assert_close(g.double() / scale, expected / scale, rtol=0, atol=1e-5)
     assert solution.adjoint.residual.item() < 1e-5
-    assert solution.adjoint.error_estimate.isfinite() or isinstance(linear_solver, il.Dense)
+    assert solution.adjoint.error_estimate.item() < 1e-4
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -101,7 +101,10 @@ def test_the_report_is_empty_before_and_filled_by_the_backward():
     low, high = report.curvature
     slack = 1e-9  # of rounding, relative to eigenvalues of order one
     assert eigenvalues[0] - slack <= low <= high <= eigenvalues[-1] + slack
-    torch.testing.assert_close(report.error_estimate, report.residual / low)
+    error = ((g - torch.linalg.solve(damped, v)).norm() / g.norm()).item()
+    # Rounding alone leaves an error of some machine epsilons.
+    assert error <= report.error_estimate.item() <= 1e-12
+    assert report.inner_error is None
 
 
 def test_the_report_of_an_unfinished_solve_is_honest():

@@ -6,19 +6,24 @@ warned, never stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import tempfile
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from applications.datasets.images import ClassImages
+
+_VERSION = 2
 
 
 def cache_folder() -> Path:
@@ -40,6 +45,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicitlayers"
 
 
+def cached(kind: str, facts: Any, read: Callable[[], ClassImages], *, use: bool) -> ClassImages:
+    """A dataset from the cache, or read and put there.
+
+    Args:
+        kind: start of the file's name.
+        facts: all that decides what is read, such as the fingerprint of its source; must fit JSON.
+        read: reads it.
+        use: whether to look into the cache and write it at all.
+
+    Returns:
+        The dataset.
+    """
+    if not use:
+        return read()
+    key = hashlib.sha256(json.dumps([_VERSION, facts]).encode()).hexdigest()[:24]
+    file_name = f"{kind}-{key}.safetensors"
+    dataset = read_cache(file_name)
+    if dataset is None:
+        dataset = read()
+        write_cache(file_name, dataset)
+    return dataset
+
+
 def read_cache(file_name: str) -> ClassImages | None:
     """Read a dataset from the cache.
 
@@ -59,7 +87,13 @@ def read_cache(file_name: str) -> ClassImages | None:
             images = stored.get_tensor("images").clone()
         if metadata.get("crc32") != _checksum(images):
             raise ValueError("the images don't match their checksum")
-        return ClassImages(images=images, names=tuple(json.loads(metadata["names"])), source=metadata["source"])
+        return ClassImages(
+            images=images,
+            names=tuple(json.loads(metadata["names"])),
+            source=metadata["source"],
+            parts=tuple(json.loads(metadata["parts"])),
+            orientations=json.loads(metadata["orientations"]),
+        )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         warnings.warn(
             f"the cache file {file_name} in $IMPLICITLAYERS_CACHE or the user's cache folder cannot be used "
@@ -79,13 +113,15 @@ def write_cache(file_name: str, dataset: ClassImages) -> None:
     metadata = {
         "names": json.dumps(dataset.names),
         "source": dataset.source,
+        "parts": json.dumps(dataset.parts),
+        "orientations": json.dumps(dataset.orientations),
         "crc32": _checksum(dataset.images),
     }
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / file_name, save({"images": dataset.images.contiguous()}, metadata))
-    except (OSError, RuntimeError) as error:
+        _replace(folder / file_name, dataset.images.contiguous(), metadata)
+    except (OSError, RuntimeError, SafetensorError) as error:
         warnings.warn(
             f"the dataset could not be cached ({type(error).__name__}: {error}) and will be decoded again next time; "
             f"set $IMPLICITLAYERS_CACHE to a folder that can be written, or pass cache=False.",
@@ -93,12 +129,12 @@ def write_cache(file_name: str, dataset: ClassImages) -> None:
         )
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, images: Tensor, metadata: dict[str, str]) -> None:
     # A reader sees the old file or the new one; two writers don't see each other's half-written one.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        save_file({"images": images}, temporary, metadata)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -106,4 +142,5 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _checksum(images: Tensor) -> str:
-    return f"{zlib.crc32(images.numpy().tobytes()):08x}"
+    # The memory itself, not a copy: a set of photographs is over a gigabyte.
+    return f"{zlib.crc32(images.contiguous().numpy().data):08x}"

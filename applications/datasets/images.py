@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -19,6 +22,10 @@ class ClassImages:
         images: uint8 tensor ``[classes, per_class, channels, height, width]``, 0 black to 255 white.
         names: one distinct name for each class, in the order of ``images``.
         source: short name of the dataset, for reports.
+        parts: the part into which the dataset's own files put each class, such as "train", in the order of
+            ``images``; empty if they put it into none.
+        orientations: number of quarter turns by which a class becomes another: 4 for characters, where a turned
+            one is a character as good as any, 1 for what has an up and a down, such as photographs.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -28,6 +35,8 @@ class ClassImages:
     images: Tensor
     names: tuple[str, ...]
     source: str
+    parts: tuple[str, ...] = ()
+    orientations: int = 4
 
     def __post_init__(self) -> None:
         _check_images(self.images)
@@ -35,6 +44,16 @@ class ClassImages:
         if not isinstance(self.source, str) or not self.source:
             raise ValueError(
                 f"source={self.source!r} cannot name a dataset in a report; pass a non-empty string such as 'omniglot'."
+            )
+        if self.parts and len(self.parts) != self.classes:
+            raise ValueError(
+                f"parts has {len(self.parts)} entries for {self.classes} classes, so a class would be in the part of "
+                f"another; pass one for each class, or none."
+            )
+        if self.orientations not in (1, 4):
+            raise ValueError(
+                f"orientations={self.orientations!r} is no number of quarter turns that closes a circle; pass 4 for "
+                f"characters or 1 for images that have an up and a down."
             )
 
     @property
@@ -47,6 +66,23 @@ class ClassImages:
         """Number of images of each class."""
         return self.images.shape[1]
 
+    def take(self, indices: Tensor) -> ClassImages:
+        """Some of the classes.
+
+        Args:
+            indices: which, int64 ``[size]`` on the CPU.
+
+        Returns:
+            A new object with a copy of their images.
+        """
+        chosen = indices.tolist()
+        return replace(
+            self,
+            images=self.images[indices.to(self.images.device)],
+            names=tuple(self.names[index] for index in chosen),
+            parts=tuple(self.parts[index] for index in chosen) if self.parts else (),
+        )
+
     def to(self, device: torch.device | str) -> ClassImages:
         """The same images on another device.
 
@@ -57,6 +93,38 @@ class ClassImages:
             A new object, or one sharing this one's memory if it lies there already.
         """
         return replace(self, images=self.images.to(device))
+
+
+def stack(found: Mapping[str, Mapping[str, NDArray[np.uint8]]], source: str) -> ClassImages:
+    """Put the images of classes together, both in the order of their names by code point.
+
+    Args:
+        found: for each class, its images ``[channels, height, width]`` by file name.
+        source: short name of the dataset.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: if there is no class, or the classes have different numbers of images.
+    """
+    if not found:
+        raise ValueError(f"{source} has no class; pass a place that holds at least one.")
+    names = sorted(found)
+    counts = {name: len(found[name]) for name in names}
+    usual = max(counts.values())
+    for name, count in counts.items():
+        if count != usual:
+            raise ValueError(
+                f"{name} of {source} has {count} images where other classes have {usual}; files are missing or "
+                f"doubled, so fetch the dataset again, or extract it into an empty folder."
+            )
+    first = next(iter(found[names[0]].values()))
+    images = np.empty((len(names), usual, *first.shape), dtype=np.uint8)
+    for index, name in enumerate(names):
+        for place, file_name in enumerate(sorted(found[name])):
+            images[index, place] = found[name][file_name]
+    return ClassImages(torch.from_numpy(images), tuple(names), source)
 
 
 def _check_images(images: Tensor) -> None:

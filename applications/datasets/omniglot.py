@@ -6,33 +6,67 @@ Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilis
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
-import numpy as np
-import torch
-
-from applications.datasets.archives import Pixels, fingerprint, read_images
-from applications.datasets.cache import read_cache, write_cache
-from applications.datasets.images import ClassImages
+from applications.datasets.archives import fingerprint, read_files
+from applications.datasets.cache import cached
+from applications.datasets.decoding import Form, Pixels, decode
+from applications.datasets.images import ClassImages, stack
 
 DRAWINGS = 20
-PARTS = ("images_background", "images_evaluation")
+BACKGROUND, EVALUATION = "background", "evaluation"
+# The alphabets of the two minimal background sets; their images are those of the whole background set.
+MINIMAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "small1": ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin"),
+        "small2": ("Greek", "Japanese_(katakana)", "Latin", "Sanskrit", "Tagalog"),
+    }
+)
+ADDRESS = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 _FOLDERS = (".", "omniglot-py", "omniglot")
-_ADDRESS = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
-_CACHE_VERSION = 1
 
 
-def omniglot(root: str | os.PathLike[str], size: int = 28, cache: bool = True) -> ClassImages:
+def archives_of(minimal: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Names of the archives that make up Omniglot, for each part those that will do, the smallest first.
+
+    Args:
+        minimal: "small1" or "small2" for the background set of that name, None for the whole one.
+
+    Returns:
+        Names without ".zip".
+
+    Raises:
+        ValueError: if there is no such minimal set.
+    """
+    if minimal is not None and minimal not in MINIMAL:
+        raise ValueError(f"minimal={minimal!r} is no minimal set of Omniglot; pass {' or '.join(MINIMAL)}, or None.")
+    whole = f"images_{BACKGROUND}"
+    return {
+        BACKGROUND: (whole,) if minimal is None else (f"{whole}_{minimal}", whole),
+        EVALUATION: (f"images_{EVALUATION}",),
+    }
+
+
+def omniglot(
+    root: str | os.PathLike[str],
+    size: int = 28,
+    cache: bool = True,
+    *,
+    channels: int = 1,
+    minimal: str | None = None,
+) -> ClassImages:
     """Read Omniglot from the archives as published, or from folders extracted from them.
 
-    Under ``root``, ``root/omniglot-py`` or ``root/omniglot`` both ``images_background`` and ``images_evaluation``
-    must lie, each a ``.zip`` (taken first) or a folder, with
-    ``images_*/<Alphabet>/characterNN/XXXX_YY.png`` in them.
+    Under ``root``, ``root/omniglot-py`` (where torchvision puts them) or ``root/omniglot`` both ``images_background``
+    and ``images_evaluation`` must lie, each a ``.zip`` (taken first) or a folder, with
+    ``images_*/<Alphabet>/characterNN/XXXX_YY.png`` in them. For a minimal set either ``images_background_small1`` (or
+    2) or ``images_background``, from which its alphabets are taken, will do.
 
     The classes of both parts are sorted together by alphabet and then character, the drawings by file name, all
     by code point: never by the order in which an archive or a file system lists them.
@@ -41,91 +75,86 @@ def omniglot(root: str | os.PathLike[str], size: int = 28, cache: bool = True) -
         root: where to look.
         size: height and width of the images, in pixels; resized with a Lanczos filter.
         cache: keep the decoded images in the user's cache folder (or ``$IMPLICITLAYERS_CACHE``) for next time.
+        channels: 1, or 3 for a network that wants colours.
+        minimal: "small1" or "small2" for the minimal background sets, five alphabets each; None for all thirty.
 
     Returns:
-        Images ``[classes, 20, 1, size, size]``, not inverted (ink 0, paper 255), named
-        ``<Alphabet>/characterNN``.
+        Images ``[classes, 20, channels, size, size]``, not inverted (ink 0, paper 255), named
+        ``<Alphabet>/characterNN``, their parts "background" and "evaluation".
 
     Raises:
         FileNotFoundError: if ``root`` or either part isn't there.
-        ValueError: if ``size`` is below 1, an archive or image cannot be read, or a character hasn't 20 drawings.
+        ValueError: if an argument cannot be, an archive or image cannot be read, or a character hasn't 20 drawings.
     """
-    if size < 1:
-        raise ValueError(f"size={size} leaves no pixel; pass the height of the images, such as 28.")
-    sources = _find(Path(root))
-    if not cache:
-        return _read(sources, size)
-    file_name = _cache_name(sources, size)
-    dataset = read_cache(file_name)
-    if dataset is None:
-        dataset = _read(sources, size)
-        write_cache(file_name, dataset)
-    return dataset
+    form = Form(size, channels)
+    sources = _find(Path(root), archives_of(minimal))
+    facts = [[fingerprint(source) for source in sources.values()], channels, minimal]
+    return cached(f"omniglot-{size}", facts, lambda: _read(sources, form, minimal), use=cache)
 
 
-def _find(root: Path) -> list[Path]:
-    """The two sources, from the first folder that has both."""
+def _find(root: Path, wanted: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+    """The source of each part, from the first folder that has both."""
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
         raise FileNotFoundError(
             f"root={str(root)!r} {state}, so Omniglot cannot be under it; pass the folder that holds "
-            f"{' and '.join(part + '.zip' for part in PARTS)}."
+            f"{' and '.join(names[0] + '.zip' for names in wanted.values())}."
         )
     folders = [root / folder for folder in _FOLDERS]
-    found = [{part: source for part in PARTS if (source := _source(folder, part))} for folder in folders]
+    found = [
+        {part: source for part, names in wanted.items() if (source := _source(folder, names))} for folder in folders
+    ]
     for sources in found:
-        if len(sources) == len(PARTS):
-            return list(sources.values())
+        if len(sources) == len(wanted):
+            return sources
     for folder, sources in zip(folders, found, strict=True):
         if sources:
-            (missing,) = set(PARTS) - set(sources)
+            missing = next(names[0] for part, names in wanted.items() if part not in sources)
             raise FileNotFoundError(
                 f"{folder} holds {next(iter(sources.values())).name} but neither {missing}.zip nor a folder {missing}, "
-                f"and half of Omniglot is another dataset; put {_ADDRESS}/{missing}.zip beside it."
+                f"and half of Omniglot is another dataset; put {ADDRESS}/{missing}.zip beside it, or let "
+                f"--download do so."
             )
-    looked_for = ", ".join(str(folder / part) + "[.zip]" for folder in folders for part in PARTS)
+    looked_for = ", ".join(str(folder / names[0]) + "[.zip]" for folder in folders for names in wanted.values())
     raise FileNotFoundError(
-        f"root={str(root)!r} holds no Omniglot: looked for {looked_for}; download both archives from {_ADDRESS}/ "
-        f"or pass the folder they are in."
+        f"root={str(root)!r} holds no Omniglot: looked for {looked_for}; download both archives from {ADDRESS}/, "
+        f"let --download do so, or pass the folder they are in."
     )
 
 
-def _source(folder: Path, part: str) -> Path | None:
-    archive = folder / f"{part}.zip"
-    if archive.is_file():
-        return archive
-    extracted = folder / part
-    return extracted if extracted.is_dir() else None
+def _source(folder: Path, names: tuple[str, ...]) -> Path | None:
+    for name in names:
+        archive, extracted = folder / f"{name}.zip", folder / name
+        if archive.is_file():
+            return archive
+        if extracted.is_dir():
+            return extracted
+    return None
 
 
-def _cache_name(sources: list[Path], size: int) -> str:
-    facts = [_CACHE_VERSION, [fingerprint(source) for source in sources]]
-    return f"omniglot-{size}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.safetensors"
-
-
-def _read(sources: list[Path], size: int) -> ClassImages:
-    drawings: dict[tuple[str, str], list[tuple[str, Pixels]]] = defaultdict(list)
-    for part, source in zip(PARTS, sources, strict=True):
-        pattern = re.compile(rf"{part}/([^/]+)/(character\d+)/([^/.][^/]*\.png)")
+def _read(sources: dict[str, Path], form: Form, minimal: str | None) -> ClassImages:
+    drawings: dict[str, list[tuple[str, Pixels]]] = defaultdict(list)
+    part_of: dict[str, str] = {}
+    for part, source in sources.items():
+        folder = source.name.removesuffix(".zip")
+        pattern = re.compile(rf"{folder}/([^/]+)/(character\d+)/([^/.][^/]*\.png)")
         before = len(drawings)
-        for (alphabet, character, file_name), pixels in read_images(source, pattern, size):
-            drawings[alphabet, character].append((file_name, pixels))
+        for (alphabet, character, file_name), content, label in read_files(source, pattern):
+            if part == BACKGROUND and minimal is not None and alphabet not in MINIMAL[minimal]:
+                continue
+            name = f"{alphabet}/{character}"
+            drawings[name].append((file_name, decode(content, label, form)))
+            part_of[name] = part
         if len(drawings) == before:
             raise ValueError(
-                f"{source} holds no {part}/<Alphabet>/characterNN/*.png, so it is not this part of Omniglot; "
-                f"pass the archive as published ({_ADDRESS}/{part}.zip)."
+                f"{source} holds no {folder}/<Alphabet>/characterNN/*.png, so it is not this part of Omniglot; "
+                f"pass the archive as published ({ADDRESS}/{folder}.zip)."
             )
-    for (alphabet, character), files in drawings.items():
+    for name, files in drawings.items():
         if len(files) != DRAWINGS:
             raise ValueError(
-                f"{alphabet}/{character} has {len(files)} drawings where every character of Omniglot has {DRAWINGS}; "
+                f"{name} has {len(files)} drawings where every character of Omniglot has {DRAWINGS}; "
                 f"files are missing or doubled, so fetch the archives again or extract them into an empty folder."
             )
-    order = sorted(drawings)
-    images = np.stack([np.stack([pixels for _, pixels in sorted(drawings[key], key=_file_name)]) for key in order])
-    names = tuple(f"{alphabet}/{character}" for alphabet, character in order)
-    return ClassImages(images=torch.from_numpy(images).unsqueeze(2), names=names, source="omniglot")
-
-
-def _file_name(drawing: tuple[str, Pixels]) -> str:
-    return drawing[0]
+    dataset = stack({name: dict(files) for name, files in drawings.items()}, "omniglot")
+    return replace(dataset, parts=tuple(part_of[name] for name in dataset.names))

@@ -1,4 +1,4 @@
-"""Command line: ``python -m applications.imaml train | evaluate | demo``."""
+"""Command line: ``python -m applications.imaml train | evaluate | adapt | demo``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from applications.datasets.download import download as fetch
+from applications.datasets.omniglot import MINIMAL
+from applications.imaml.answer_sheet import draw_answers
+from applications.imaml.answers import SHEET, TABLE, answer
 from applications.imaml.checkpoint import CheckpointError
 from applications.imaml.config import (
     AlgorithmName,
@@ -27,6 +31,7 @@ from applications.imaml.config import (
 from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
+from applications.imaml.fewshot import Learner
 from applications.imaml.train import CONFIG, CURVE, METRICS, Limits, RunError, train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -67,6 +72,12 @@ def train_command(
     threads: Annotated[int, _option("threads")] = Config.threads,
     seed: Annotated[int, _option("seed")] = Config.seed,
     split_seed: Annotated[int, _option("split_seed")] = Config.split_seed,
+    split: Annotated[str | None, _option("split")] = Config.split,
+    image_size: Annotated[int | None, _option("image_size")] = Config.image_size,
+    channels: Annotated[int | None, _option("channels")] = Config.channels,
+    download: Annotated[
+        bool, typer.Option("--download", help="fetch archives that are missing in --root (omniglot)")
+    ] = False,
     log_every: Annotated[int, _option("log_every")] = Config.log_every,
     checkpoint_every: Annotated[int, _option("checkpoint_every")] = Config.checkpoint_every,
     validate_every: Annotated[int, _option("validate_every")] = Config.validate_every,
@@ -84,6 +95,8 @@ def train_command(
             config = Config(**given)
         if time_limit is not None and not time_limit > 0:
             raise ConfigError(f"time_limit={time_limit} cannot be; pass a number of seconds above 0.")
+        if download:
+            _fetch(config)
         done = train(config, out, Limits(time_limit, quiet), resume=resume)
         state = "trained" if done >= config.meta_steps else "stopped (continue with --resume)"
         typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
@@ -113,6 +126,31 @@ def evaluate_command(
         typer.echo(str(run / REPORT))
 
 
+@app.command("adapt")
+def adapt_command(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    support: Annotated[Path, typer.Option(help="images to learn from: one folder for each class")],
+    query: Annotated[Path, typer.Option(help="images to classify; in folders named like classes to have them counted")],
+    out: Annotated[Path | None, typer.Option(help="folder for the answers; that of the run by default")] = None,
+    inner_steps: Annotated[
+        int | None, typer.Option(help=f"{help_of('inner_steps')}; as in training by default")
+    ] = None,
+    batch_norm: Annotated[
+        BatchNorm | None, typer.Option(help=f"{help_of('batch_norm')}; as in training by default")
+    ] = None,
+    device: Annotated[str, _option("device")] = Config.device,
+) -> None:
+    """Learn classes of your own from a few images of each, and classify others: a table and a picture."""
+    with _explained():
+        folder = out or run
+        learner = Learner.load(run, device=device, inner_steps=inner_steps, batch_norm=batch_norm)
+        answers = answer(learner, support, query)
+        folder.mkdir(parents=True, exist_ok=True)
+        answers.save(folder / TABLE)
+        draw_answers(answers, folder / SHEET)
+        typer.echo(f"{answers}; {folder / TABLE}, {folder / SHEET}")
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[
@@ -125,6 +163,13 @@ def demo_command(
     with _explained():
         folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
         typer.echo(str(demo(folder, seconds, quiet=quiet)))
+
+
+def _fetch(config: Config) -> None:
+    if config.root is None:
+        raise ConfigError("root=None, so there is nowhere to download to; pass the folder for the archives.")
+    for archive in fetch(config.data, Path(config.root), minimal=config.split if config.split in MINIMAL else None):
+        typer.echo(f"fetched: {archive}")
 
 
 def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Config:

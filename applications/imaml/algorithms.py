@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import implicitlayers as il
 from applications.imaml.config import AlgorithmName, BatchNorm, Config
 from applications.imaml.episodes import Tasks
-from applications.imaml.network import Parameters, batch_statistics, forward
+from applications.imaml.networks import Parameters, batch_statistics, forward
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from applications.datasets import SPLITS
 from applications.imaml.checkpoint import write_atomically
 
-DataName = Literal["glyphs", "omniglot"]
+DataName = Literal["glyphs", "omniglot", "mini-imagenet", "folder"]
 AlgorithmName = Literal["imaml", "fomaml"]
 InnerName = Literal["gradient", "hessian-free", "lbfgs"]
 ScheduleName = Literal["cosine", "constant"]
@@ -57,7 +58,9 @@ class Config:
         ConfigError: if a value cannot be.
     """
 
-    data: DataName = _option("glyphs", "dataset: glyphs (drawn on the spot) or omniglot (read from --root)")
+    data: DataName = _option(
+        "glyphs", "dataset: glyphs (drawn on the spot), or omniglot, mini-imagenet or folder (read from --root)"
+    )
     root: str | None = _option(None, "folder with the files of a dataset that is read")
     ways: int = _option(5, "classes of a task")
     shots: int = _option(1, "support images of a class")
@@ -68,18 +71,21 @@ class Config:
     lam: float = _option(0.1, "strength of the pull towards the meta-parameters, lam/2 |phi - theta|^2")
     inner_lr: float = _option(0.4, "step size of gradient descent on a task's mean cross-entropy")
     inner_steps: int = _option(5, "steps of the inner solver, in training and evaluation alike")
-    cg_steps: int = _option(5, "conjugate gradient steps for the meta-gradient and for a hessian-free direction")
+    cg_steps: int = _option(3, "conjugate gradient steps for the meta-gradient and for a hessian-free direction")
     curvature: CurvatureName = _option("gauss-newton", "curvature in the meta-gradient: gauss-newton or hessian")
     damping: float = _option(0.0, "added to that curvature, beyond lam")
     batch_norm: BatchNorm = _option("transductive", "statistics for query images: of the query batch, or the support's")
-    meta_lr: float = _option(1e-3, "learning rate of Adam on the meta-parameters")
+    meta_lr: float = _option(1.5e-3, "learning rate of Adam on the meta-parameters")
     schedule: ScheduleName = _option("cosine", "of that rate: cosine (down to 0 at the last meta-step) or constant")
-    meta_steps: int = _option(8500, "meta-steps after which training is complete")
-    tasks: int = _option(8, "tasks of a meta-step")
+    meta_steps: int = _option(6000, "meta-steps after which training is complete")
+    tasks: int = _option(16, "tasks of a meta-step")
     device: str = _option("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1, ...")
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice")
     seed: int = _option(0, "chooses the initialisation and the tasks")
     split_seed: int = _option(0, "chooses the generated characters, and which classes are for testing")
+    split: str | None = _option(None, "name of the split into training, validation and test classes; None: its own")
+    image_size: int | None = _option(None, "height and width that images are resized to; None: as the dataset has it")
+    channels: int | None = _option(None, "1 for grey or 3 for colour; None: as the dataset has it")
     log_every: int = _option(25, "meta-steps averaged into one row of metrics.csv")
     checkpoint_every: int = _option(100, "meta-steps between checkpoints")
     validate_every: int = _option(500, "meta-steps between accuracies on validation classes; a multiple of log_every")
@@ -99,17 +105,29 @@ class Config:
         for name in _POSITIVE:
             _check_number(name, getattr(self, name), positive=True)
         _check_number("damping", self.damping, positive=False)
-        if self.data == "omniglot" and self.root is None:
-            raise ConfigError(
-                "root=None, but omniglot is read from files; pass the folder with images_background.zip and "
-                "images_evaluation.zip, or data='glyphs', which needs none."
-            )
+        self._check_data()
         if self.validate_every % self.log_every:
             raise ConfigError(
                 f"validate_every={self.validate_every} is not a multiple of log_every={self.log_every}, and a "
                 f"validation accuracy stands in a row of the metrics; pass for instance "
                 f"validate_every={self.log_every * max(1, round(self.validate_every / self.log_every))}."
             )
+
+    def _check_data(self) -> None:
+        if self.data != "glyphs" and self.root is None:
+            raise ConfigError(
+                f"root=None, but {self.data} is read from files; pass the folder that they are in, or data='glyphs', "
+                f"which needs none."
+            )
+        if self.split is not None and self.split not in SPLITS[self.data]:
+            raise ConfigError(
+                f"split={self.split!r} is no split of {self.data}; pass one of {', '.join(SPLITS[self.data])}, or None."
+            )
+        if self.image_size is not None:
+            _check_integer("image_size", self.image_size, 16)
+        allowed = (None, 1) if self.data == "glyphs" else (None, 1, 3)
+        if self.channels not in allowed:
+            raise ConfigError(f"channels={self.channels!r} cannot be with {self.data}; pass one of {allowed}.")
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON.

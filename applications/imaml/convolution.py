@@ -13,18 +13,16 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import functional as F
 
 KERNEL, STRIDE, PADDING = 3, 2, 1
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve with 3x3 kernels, stride 2 and padding 1.
 
     Args:
         x: ``[batch, height, width, channels]``.
         weight: ``[3, 3, channels, filters]``.
-        bias: ``[filters]``.
 
     Returns:
         ``[batch, ceil(height / 2), ceil(width / 2), filters]``.
@@ -32,7 +30,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     windows = _Gather.apply(x)
     batch, height, width, taps = windows.shape
     product = windows.reshape(batch * height * width, taps) @ weight.reshape(taps, -1)
-    return (product + bias).reshape(batch, height, width, -1)
+    return product.reshape(batch, height, width, -1)
 
 
 class _Gather(Function):
@@ -40,8 +38,14 @@ class _Gather(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        padded = F.pad(x, (0, 0, PADDING, PADDING, PADDING, PADDING)).contiguous()
-        *lead, height, width, channels = padded.shape
+        *lead, height, width, channels = x.shape
+        height, width = height + 2 * PADDING, width + 2 * PADDING
+        # F.pad would fill all of it with zeros first.
+        padded = x.new_empty(*lead, height, width, channels)
+        for edge in (slice(PADDING), slice(-PADDING, None)):
+            padded[..., edge, :, :] = 0
+            padded[..., edge, :] = 0
+        padded[..., PADDING:-PADDING, PADDING:-PADDING, :] = x
         rows, columns = (height - KERNEL) // STRIDE + 1, (width - KERNEL) // STRIDE + 1
         *steps, down, right, one = padded.stride()
         windows = padded.as_strided(

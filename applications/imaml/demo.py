@@ -14,7 +14,7 @@ from applications.imaml.device import use
 from applications.imaml.episodes import Tasks, load_splits
 from applications.imaml.evaluate import REPORT, Protocol, load_network, mean_and_interval, measure, sampler_for
 from applications.imaml.figures import draw_tasks
-from applications.imaml.network import Parameters
+from applications.imaml.networks import Parameters
 from applications.imaml.train import CURVE, Limits, train
 
 TASKS_PICTURE = "tasks.png"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
 
 from applications.imaml.config import Config, ConfigError
 
+# From malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
 
 def use(config: Config) -> torch.device:
-    """Make PyTorch compute as a configuration asks: number of threads, repeatable convolutions.
+    """Make PyTorch compute as a configuration asks: number of threads, repeatable convolutions, memory kept.
 
     Args:
         config: of the run.
@@ -32,4 +39,18 @@ def use(config: Config) -> torch.device:
     if device.type == "cuda":
         # The fastest convolution may add in any order, and then no run could be repeated to the bit.
         torch.backends.cudnn.deterministic = True
+    else:
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library to keep what is freed instead of handing it back to the system.
+
+    A meta-step frees and allocates the same hundreds of megabytes again and again, and every page that comes back from
+    the system is first cleared by it: 6 % of the time. Where there is no such switch (it is glibc's) nothing happens.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # Setting one of the two fixes the other, so both are set. 32 MiB is the largest threshold that is allowed.
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -10,10 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.datasets import SPLIT_SIZES, ClassImages, check_disjoint, load, split_classes
+from applications.datasets import SPLIT_SIZES, ClassImages, check_disjoint, load, partition
 from applications.imaml.config import Config
-
-ROTATIONS = 4
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -57,22 +54,19 @@ def load_splits(config: Config, device: torch.device) -> dict[SplitName, ClassIm
         device: where the images are wanted.
 
     Returns:
-        The classes of each split; no class is in two.
+        The classes of each split, but for "validation" where there are none; no class is in two.
 
     Raises:
         OSError: if the files of the dataset cannot be read.
         ValueError: if they are damaged.
     """
     root = None if config.root is None else Path(config.root)
-    dataset = load(config.data, root, config.split_seed)
-    chosen = split_classes(dataset.classes, SPLIT_SIZES[config.data], config.split_seed)
+    options = {"size": config.image_size, "channels": config.channels, "split": config.split}
+    given = {name: value for name, value in options.items() if value is not None}
+    dataset = load(config.data, root, config.split_seed, **given)
+    chosen = partition(dataset, config.data, config.split, config.split_seed, SPLIT_SIZES)
     check_disjoint(chosen)
-
-    def part(indices: Tensor) -> ClassImages:
-        names = tuple(dataset.names[index] for index in indices.tolist())
-        return replace(dataset, images=dataset.images[indices], names=names).to(device)
-
-    return {name: part(chosen[name]) for name in get_args(SplitName)}
+    return {name: dataset.take(chosen[name]).to(device) for name in get_args(SplitName) if name in chosen}
 
 
 class TaskSampler:
@@ -80,7 +74,8 @@ class TaskSampler:
 
     Classes and their images are drawn without replacement, so that no query image is among the support images.
     Each class of a task is turned by a random multiple of 90°, support and query images alike (Santoro et al.,
-    "Meta-Learning with Memory-Augmented Neural Networks", 2016, turned whole classes likewise to have more of them).
+    "Meta-Learning with Memory-Augmented Neural Networks", 2016, turned whole classes likewise to have more of them),
+    unless the dataset has only one orientation.
 
     Args:
         dataset: classes to draw from, square images, on the device where tasks are wanted.
@@ -125,7 +120,7 @@ class TaskSampler:
         self._ways, self._shots, self._queries, self._sets = ways, shots, queries, query_sets
         self.generator = generator
         upright = torch.arange(height * width, device=self._pixels.device).reshape(height, width)
-        self._turned = torch.stack([upright.rot90(turns).flatten() for turns in range(ROTATIONS)])
+        self._turned = torch.stack([upright.rot90(turns).flatten() for turns in range(dataset.orientations)])
 
     def sample(self, tasks: int) -> Tasks:
         """Draw tasks.
@@ -139,7 +134,7 @@ class TaskSampler:
         classes = self._choose((tasks,), self._pixels.shape[0], self._ways)
         chosen = self._choose((tasks, self._ways), self._pixels.shape[1], self._shots + self._queries * self._sets)
         pixels = self._pixels[classes[:, :, None], chosen]
-        turns = self._random(tasks, self._ways).mul(ROTATIONS).long()
+        turns = self._random(tasks, self._ways).mul(len(self._turned)).long()
         order = self._turned[turns][:, :, None, None].expand(pixels.shape)
         images = pixels.gather(-1, order).float().div(255).unflatten(-1, self._shape[1:])
         support, query = images.split([self._shots, self._queries * self._sets], dim=2)

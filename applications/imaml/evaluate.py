@@ -18,7 +18,7 @@ from applications.imaml.checkpoint import write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
 from applications.imaml.device import use
 from applications.imaml.episodes import SplitName, Tasks, TaskSampler, generator_for, load_splits
-from applications.imaml.network import Parameters
+from applications.imaml.networks import Parameters
 
 REPORT = "evaluation.json"
 # 95 % of a normal distribution lies within so many standard deviations of its mean.
@@ -92,6 +92,7 @@ class Evaluation:
     Args:
         config: of the run, with the batch normalisation of the evaluation.
         protocol: how it was measured.
+        source: what the images are.
         classes: number of classes of the split.
         meta_step: meta-steps that the run had done.
         measured: one accuracy a task.
@@ -99,6 +100,7 @@ class Evaluation:
 
     config: Config
     protocol: Protocol
+    source: str
     classes: int
     meta_step: int
     measured: Accuracies
@@ -109,6 +111,8 @@ class Evaluation:
         mean, interval = mean_and_interval(self.measured.after)
         return {
             "data": config.data,
+            "source": self.source,
+            "partition": config.split or "own",
             "split": f"{self.protocol.split}, {self.classes} classes",
             "ways": config.ways,
             "shots": config.shots,
@@ -133,7 +137,7 @@ class Evaluation:
         row = self.row()
         step = f" of lr {row['inner_lr']:g}" if row["inner"] == "gradient" else ""
         return (
-            f"{row['data']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
+            f"{row['source']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
             f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps, seed {row['training_seed']} | "
             f"{row['inner_steps']} {row['inner']} steps{step}, lam {row['lam']:g} | batch norm {row['batch_norm']} | "
             f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
@@ -168,19 +172,28 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
 
     Raises:
         CheckpointError: if there is no checkpoint to read.
+        ConfigError: if the run's split has no classes for this.
         OSError: if the dataset cannot be read.
         ValueError: if it is damaged, or too small for these tasks.
     """
     device = use(config)
     network = load_network(folder, device)
-    return measure(config, network, load_splits(config, device)[protocol.split], protocol)
+    splits = load_splits(config, device)
+    if protocol.split not in splits:
+        raise ConfigError(
+            f"split={protocol.split!r} has no classes, since the run's split {config.split!r} has none for it; pass "
+            f"one of {', '.join(splits)}."
+        )
+    return measure(config, network, splits[protocol.split], protocol)
 
 
 class Network(NamedTuple):
-    """A trained network: its meta-parameters, and the meta-steps that led to them."""
+    """A trained network: its meta-parameters, the meta-steps that led to them, and the images that it takes."""
 
     theta: Parameters
     meta_step: int
+    channels: int
+    side: int
 
 
 def load_network(folder: Path, device: torch.device) -> Network:
@@ -199,7 +212,9 @@ def load_network(folder: Path, device: torch.device) -> Network:
     tensors, numbers = checkpoint.load(folder)
     prefix = "theta."
     theta = {name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
-    return Network(theta, numbers["meta_step"])
+    # Runs that don't say were made when all images were characters.
+    channels, side = numbers.get("image", (1, 28))
+    return Network(theta, numbers["meta_step"], channels, side)
 
 
 def measure(config: Config, network: Network, dataset: ClassImages, protocol: Protocol) -> Evaluation:
@@ -219,7 +234,7 @@ def measure(config: Config, network: Network, dataset: ClassImages, protocol: Pr
     """
     config = replace(config, batch_norm=protocol.batch_norm or config.batch_norm)
     measured = accuracies(network.theta, sampler_for(config, dataset, protocol), config, protocol.tasks)
-    return Evaluation(config, protocol, dataset.classes, network.meta_step, measured)
+    return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured)
 
 
 def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> TaskSampler:

@@ -16,12 +16,13 @@ from applications.imaml.episodes import Tasks
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
-def draw_curve(metrics: dict[str, list[float]], config: Config, path: Path) -> None:
+def draw_curve(metrics: dict[str, list[float]], config: Config, source: str, path: Path) -> None:
     """Draw accuracy and loss against meta-steps.
 
     Args:
         metrics: columns of metrics.csv.
         config: of the run, for the title.
+        source: what the images are, likewise.
         path: PNG to write.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -42,9 +43,7 @@ def draw_curve(metrics: dict[str, list[float]], config: Config, path: Path) -> N
     for axes in (accuracy, loss):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(
-        f"{config.data}: {config.ways}-way {config.shots}-shot, {config.algorithm}, inner solver {config.inner}"
-    )
+    figure.suptitle(f"{source}: {config.ways}-way {config.shots}-shot, {config.algorithm}, inner solver {config.inner}")
     figure.savefig(path, dpi=130)
 
 

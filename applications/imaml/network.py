@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from applications.imaml.convolution import convolve
+from applications.imaml.normalization import EPSILON, moments, normalize
 
 BLOCKS = 4
 FILTERS = 64
@@ -24,7 +25,6 @@ FEATURES = FILTERS * 2 * 2
 # Gain and largest bias of the initialisation with which the iMAML experiments were run.
 GAIN = 1.73
 BIAS = 0.05
-EPSILON = 1e-5
 
 Parameters = dict[str, Tensor]
 
@@ -74,7 +74,7 @@ def forward(parameters: Parameters, images: Tensor, statistics: list[Statistics]
     Returns:
         Logits ``[batch, ways]``.
     """
-    return _apply(parameters, images, statistics)[0]
+    return _apply(parameters, images, statistics, collect=False)[0]
 
 
 def batch_statistics(parameters: Parameters, images: Tensor) -> list[Statistics]:
@@ -87,11 +87,11 @@ def batch_statistics(parameters: Parameters, images: Tensor) -> list[Statistics]
     Returns:
         The statistics of each block.
     """
-    return _apply(parameters, images, None)[1]
+    return _apply(parameters, images, None, collect=True)[1]
 
 
 def _apply(
-    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None
+    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None, *, collect: bool
 ) -> tuple[Tensor, list[Statistics]]:
     if images.shape[-2:] != (SIDE, SIDE):
         raise ValueError(
@@ -101,27 +101,13 @@ def _apply(
     x = images.movedim(1, -1)
     seen: list[Statistics] = []
     for block in range(BLOCKS):
-        x = convolve(x, parameters[f"convolution{block}.weight"], parameters[f"convolution{block}.bias"])
+        # The bias of a convolution cancels in the normalisation, so it is not added.
+        x = convolve(x, parameters[f"convolution{block}.weight"])
         scale, shift = parameters[f"normalization{block}.scale"], parameters[f"normalization{block}.shift"]
-        if statistics is None:
-            centred, own = _centre(x)
-        else:
-            own = statistics[block]
-            centred = x - own.mean
+        if statistics is None and not collect:
+            x = F.relu(normalize(x, scale, shift))
+            continue
+        own = Statistics(*moments(x)) if statistics is None else statistics[block]
         seen.append(own)
-        x = F.relu(torch.addcmul(shift, centred, scale * torch.rsqrt(own.variance + EPSILON)))
-        if block == 1:
-            x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        x = F.relu(torch.addcmul(shift, x - own.mean, scale * torch.rsqrt(own.variance + EPSILON)))
     return F.linear(x.flatten(1), parameters["linear.weight"], parameters["linear.bias"]), seen
-
-
-# F.batch_norm, torch.var_mean and torch.mean all compute this, and under vmap, on a CPU, all take longer: the first
-# has a slow forward-mode derivative, the reduction of the second is not vectorised, and the derivative of the third
-# divides a tensor of the size of its input.
-def _centre(x: Tensor) -> tuple[Tensor, Statistics]:
-    weight = 1.0 / (x.shape[0] * x.shape[1] * x.shape[2])
-    mean = x.sum((0, 1, 2)) * weight
-    # Centred before it is squared: images are mostly paper, and with a mean far above the standard deviation
-    # E[x²] - E[x]² would cancel in float32.
-    centred = x - mean
-    return centred, Statistics(mean, centred.square().sum((0, 1, 2)) * weight)

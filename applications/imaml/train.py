@@ -24,7 +24,7 @@ from applications.imaml.episodes import TaskSampler, generator_for, load_splits
 from applications.imaml.evaluate import accuracies
 from applications.imaml.figures import draw_curve
 from applications.imaml.metrics import Meter, MetricsFile, read_metrics
-from applications.imaml.network import Parameters, initialize
+from applications.imaml.networks import Parameters, initialize
 from applications.imaml.progress import Display
 
 CONFIG, METRICS, CURVE = "config.json", "metrics.csv", "curve.png"
@@ -120,9 +120,10 @@ class _Run:
         self._sampler = TaskSampler(
             splits["train"], config.ways, config.shots, config.queries, self._train_generator, config.query_sets
         )
-        self._validation_images = splits["validation"]
-        channels = self._validation_images.images.shape[2]
-        drawn = initialize(config.ways, channels, generator_for(config.seed, "initialisation"))
+        self._validation_images = splits.get("validation")
+        *_, channels, _, side = splits["train"].images.shape
+        self._source, self._image = splits["train"].source, (channels, side)
+        drawn = initialize(config.ways, channels, side, generator_for(config.seed, "initialisation"))
         self.theta: Parameters = {name: value.to(self._device).requires_grad_() for name, value in drawn.items()}
         self._optimizer = torch.optim.Adam(self.theta.values(), lr=config.meta_lr)
         self._meta_loss = meta_loss(config)
@@ -195,6 +196,7 @@ class _Run:
         self._tick()
         numbers = {
             "meta_step": self.meta_step,
+            "image": self._image,
             "metrics_bytes": self._metrics.size,
             "trained_seconds": self._trained_seconds,
             "row_seconds": self._row_seconds,
@@ -203,7 +205,7 @@ class _Run:
 
     def draw(self) -> None:
         """Draw the learning curve."""
-        draw_curve(read_metrics(self._out / METRICS), self._config, self._out / CURVE)
+        draw_curve(read_metrics(self._out / METRICS), self._config, self._source, self._out / CURVE)
 
     def _restore(self, saved: Checkpoint) -> None:
         tensors, numbers = saved
@@ -212,8 +214,11 @@ class _Run:
                 value.copy_(tensors[f"theta.{name}"])
         if numbers["meta_step"]:
             keys = ("step", "exp_avg", "exp_avg_sq")
+            # A parameter that cancels, as a bias before a normalisation does, may have had no gradient and so no state.
             state = {
-                index: {key: tensors[f"adam.{name}.{key}"] for key in keys} for index, name in enumerate(self.theta)
+                index: {key: tensors[f"adam.{name}.{key}"] for key in keys}
+                for index, name in enumerate(self.theta)
+                if f"adam.{name}.step" in tensors
             }
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -224,6 +229,8 @@ class _Run:
         self._metrics = MetricsFile(self._out / METRICS, numbers["metrics_bytes"])
 
     def _validate(self) -> float:
+        if self._validation_images is None:
+            return math.nan
         config = self._config
         # The same tasks every time, so that the curve shows the network and not the draw.
         generator = generator_for(config.seed, "validation tasks", self._device)

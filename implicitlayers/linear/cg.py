@@ -7,22 +7,25 @@ Where this differs from the textbook and from SciPy's `cg`:
 - pᵀAp is watched. Where it is not positive the operator is not positive definite, the recurrence means nothing, and the
   lane stops at the iterate it has, with the status INDEFINITE (or SINGULAR where A p vanishes). In contrast to
   truncated Newton methods no step along the direction of negative curvature is taken.
-- The tolerance is never below what the floating-point type can reach, and a residual that has stopped falling ends the
-  lane with STALLED.
+- The tolerance is never below what the floating-point type can reach, and a lane that has stopped gaining ends with
+  STALLED. What CG lowers in every step is the energy xᵀAx/2 - bᵀx; the residual of an ill-conditioned system may rise
+  for hundreds of steps before it falls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from implicitlayers.certificate import Lanczos
+from implicitlayers.linear.krylov import System, scaled, verdict
 from implicitlayers.linear.operator import Operator
+from implicitlayers.linear.preconditioner import Precondition, Preconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
-from implicitlayers.loop import Algorithm, check_tolerances, dot, iterate, norm, not_finite
+from implicitlayers.loop import Algorithm, check_tolerances, dot, iterate, not_finite
 from implicitlayers.status import RUNNING, Status
 
 __all__ = ["CG"]
@@ -36,14 +39,11 @@ class _State(NamedTuple):
     residual: Tensor
     best: Tensor
     since_best: Tensor
+    energy: Tensor
     curvature_min: Tensor
     curvature_max: Tensor
     broken: Tensor
-
-
-class _System(NamedTuple):
-    operator: Callable[[Tensor], Tensor]
-    b: Tensor
+    lanczos: Lanczos
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class CG(LinearSolver):
         rtol: stop at ‖A x - b‖ ≤ rtol·‖b‖ + atol. Taken as 8 machine epsilons where it is smaller, but for 0.
         atol: absolute part, in the units of b.
         max_steps: limit on the products; their exact number with ``rtol=atol=None``.
-        preconditioner: r ↦ M⁻¹ r on ``[*lanes, n]`` with M symmetric positive definite; None for the identity.
+        preconditioner: a `Preconditioner`, or r ↦ M⁻¹ r on ``[*lanes, n]``, with M symmetric positive definite; None
+            for the identity.
     """
 
     requires_symmetric: ClassVar[bool] = True
@@ -64,7 +65,7 @@ class CG(LinearSolver):
     rtol: float | None = 1e-8
     atol: float | None = 0.0
     max_steps: int = 1000
-    preconditioner: Callable[[Tensor], Tensor] | None = None
+    preconditioner: Preconditioner | Precondition | None = None
 
     def __post_init__(self) -> None:
         check_tolerances(self)
@@ -74,35 +75,27 @@ class CG(LinearSolver):
         return self.rtol is not None
 
     def solve(self, operator: Operator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        b_norm = norm(b)
-        # A non-finite right-hand side is left as it is, and named. The reciprocal of a subnormal number is infinite.
-        finite = b_norm.clamp_min(torch.finfo(b.dtype).tiny)
-        scale = torch.where(torch.isfinite(b_norm), finite, torch.ones_like(b_norm)).unsqueeze(-1)
-        start = torch.zeros_like(b) if x0 is None else x0 / scale
-        # Two divisions: 1/scale overflows in float32 for a cotangent of 1e-39 already.
-        system = _System(operator, b / scale)
-        atol = 0.0 if self.atol is None else self.atol
-        algorithm = _ConjugateGradients(self.rtol or 0.0, atol / scale.squeeze(-1), self.preconditioner, x0 is not None)
-        end = iterate(algorithm, system, start, self.max_steps, look=self.looks)
+        system = scaled(operator, b, x0, self.rtol, self.atol, self.preconditioner)
+        end = iterate(_ConjugateGradients(), system, system.start, self.max_steps, look=self.looks)
         s: _State = end.state
-        return LinearSolution(s.x * scale, end.status, end.steps, s.residual, s.curvature_min, s.curvature_max)
+        # With a preconditioner the Lanczos matrix is that of another operator.
+        smallest = s.lanczos.smallest()
+        smallest = smallest if self.preconditioner is None else torch.full_like(smallest, torch.nan)
+        x = s.x * system.scale
+        return LinearSolution(x, end.status, end.steps, s.residual, s.curvature_min, s.curvature_max, smallest)
 
 
 @dataclass(frozen=True)
-class _ConjugateGradients(Algorithm[_System, _State]):
-    rtol: float
-    atol: Tensor
-    preconditioner: Callable[[Tensor], Tensor] | None
-    warm: bool
-
-    def init(self, problem: _System, x: Tensor) -> _State:
-        r = problem.b - problem.operator(x) if self.warm else problem.b
-        z, rz, residual = self._precondition(r)
+class _ConjugateGradients(Algorithm[System, _State]):
+    def init(self, problem: System, x: Tensor) -> _State:
+        r = problem.first_residual()
+        z, rz, residual = _precondition(problem, r)
         nan = torch.full_like(residual, torch.nan)
         steady = torch.zeros_like(residual, dtype=torch.int64)
-        return _State(x, r, z, rz, residual, residual, steady, nan, nan, torch.full_like(steady, RUNNING))
+        none, broken = torch.zeros_like(residual), torch.full_like(steady, RUNNING)
+        return _State(x, r, z, rz, residual, residual, steady, none, nan, nan, broken, Lanczos.begin(residual))
 
-    def step(self, problem: _System, state: _State) -> _State:
+    def step(self, problem: System, state: _State) -> _State:
         x, r, p, rz = state.x, state.r, state.p, state.rz
         Ap = problem.operator(p)
         pAp, pp, ApAp = dot(p, Ap), dot(p, p), dot(Ap, Ap)
@@ -110,58 +103,61 @@ class _ConjugateGradients(Algorithm[_System, _State]):
         # A preconditioner may let rᵀM⁻¹r underflow first.
         done = (pp <= 0) | (rz <= 0)
         curvature = pAp / torch.where(pp <= 0, 1, pp)
-        broken = self._breakdown(state, curvature, pAp, (ApAp / torch.where(pp <= 0, 1, pp)).sqrt(), done)
+        broken = _breakdown(state, curvature, pAp, (ApAp / torch.where(pp <= 0, 1, pp)).sqrt(), done)
         moves = (broken == RUNNING) & ~done
-        alpha = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype).unsqueeze(-1)
+        length = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype)
+        alpha = length.unsqueeze(-1)
         # In a broken lane alpha is zero and p finite, so x stays; r may become NaN there, and is of no further use.
         x = torch.addcmul(x, alpha, p)
         r = torch.addcmul(r, alpha, Ap, value=-1)
-        z, rz_next, residual = self._precondition(r)
-        beta = torch.where(moves, rz_next / torch.where(moves, rz, 1), 0).to(x.dtype).unsqueeze(-1)
-        p = torch.where(moves.unsqueeze(-1), torch.addcmul(z, beta, p), p)
-        better = residual < 0.999 * state.best
+        z, rz_next, residual = _precondition(problem, r)
+        beta = torch.where(moves, rz_next / torch.where(moves, rz, 1), 0).to(x.dtype)
+        p = torch.where(moves.unsqueeze(-1), torch.addcmul(z, beta.unsqueeze(-1), p), p)
+        # Twice what the step has lowered the energy by, and what all steps have.
+        gain = (alpha.squeeze(-1) * rz).detach()
+        energy = state.energy + gain
+        lower = residual < 0.999 * state.best
+        better = lower | (gain > torch.finfo(x.dtype).eps ** 0.75 * energy)
         seen = ~done & torch.isfinite(curvature)
         curvature = curvature.to(x.dtype)
         return _State(
             x, r, p,
             torch.where(moves, rz_next, rz),
             torch.where(broken == RUNNING, residual, state.residual),
-            torch.where(better, residual, state.best),
+            torch.where(lower, residual, state.best),
             torch.where(better, 0, state.since_best + 1),
+            energy.to(x.dtype),
             torch.where(seen, torch.fmin(state.curvature_min, curvature), state.curvature_min),
             torch.where(seen, torch.fmax(state.curvature_max, curvature), state.curvature_max),
             broken,
+            state.lanczos.advance(length, beta),
         )  # fmt: skip
 
-    def terminate(self, problem: _System, state: _State) -> Tensor:
-        eps = torch.finfo(state.x.dtype).eps
-        status = state.broken
-        # In exact arithmetic n steps are enough; a residual that has not fallen for as long is held up by rounding.
+    def terminate(self, problem: System, state: _State) -> Tensor:
+        # In exact arithmetic n steps are enough; a lane that has gained nothing for as long is held up by rounding.
         patience = min(state.x.shape[-1], 200) + 20
-        status = torch.where(
-            (status == RUNNING) & (state.since_best > patience), torch.full_like(status, Status.STALLED), status
-        )
-        tolerance = self.atol + (max(self.rtol, 8 * eps) if self.rtol else 0.0)
-        status = torch.where(state.residual <= tolerance, torch.full_like(status, Status.CONVERGED), status)
-        return torch.where(not_finite(state.residual), torch.full_like(status, Status.NON_FINITE), status)
+        return verdict(state.broken, state.since_best, patience, state.residual, problem.tolerance)
 
-    def _precondition(self, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """M⁻¹ r, rᵀM⁻¹ r and ‖r‖; with the right-hand side scaled to norm one, squares do not underflow."""
-        rr = dot(r, r)
-        residual = rr.sqrt().to(r.dtype)
-        if self.preconditioner is None:
-            return r, rr, residual
-        z = self.preconditioner(r)
-        return z, dot(r, z), residual
 
-    def _breakdown(self, state: _State, curvature: Tensor, pAp: Tensor, stretch: Tensor, done: Tensor) -> Tensor:
-        """Status of the lanes in which p does not allow a step; `stretch` is ‖A p‖ / ‖p‖."""
-        eps = torch.finfo(state.x.dtype).eps
-        # The largest curvature seen so far says what is zero to rounding.
-        scale = torch.fmax(state.curvature_max.abs(), curvature.abs())
-        flat = (stretch <= 8 * eps * scale) | ((pAp <= 0) & (curvature.abs() <= 8 * eps * scale))
-        found = torch.where(pAp <= 0, int(Status.INDEFINITE), torch.full_like(state.broken, RUNNING))
-        found = torch.where(flat, int(Status.SINGULAR), found)
-        found = torch.where(not_finite(pAp, stretch), int(Status.NON_FINITE), found)
-        found = torch.where(done, RUNNING, found)
-        return torch.where(state.broken == RUNNING, found, state.broken)
+def _precondition(problem: System, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """M⁻¹ r, rᵀM⁻¹ r and ‖r‖; with the right-hand side scaled to norm one, squares do not underflow."""
+    rr = dot(r, r)
+    residual = rr.detach().sqrt().to(r.dtype)
+    z = problem.precondition(r)
+    return z, rr if z is r else dot(r, z), residual
+
+
+def _breakdown(state: _State, curvature: Tensor, pAp: Tensor, stretch: Tensor, done: Tensor) -> Tensor:
+    """Status of the lanes in which p does not allow a step; `stretch` is ‖A p‖ / ‖p‖."""
+    eps = torch.finfo(state.x.dtype).eps
+    # The largest curvature seen so far says what is zero to rounding.
+    scale = torch.fmax(state.curvature_max.abs(), curvature.abs())
+    flat = (stretch <= 8 * eps * scale) | ((pAp <= 0) & (curvature.abs() <= 8 * eps * scale))
+    # A step along a positive curvature that is rounding would have the size of its reciprocal, and the recurrence would
+    # report its residual as zero.
+    flat = flat | (curvature.abs() <= eps * scale)
+    found = torch.where(pAp <= 0, int(Status.INDEFINITE), torch.full_like(state.broken, RUNNING))
+    found = torch.where(flat, int(Status.SINGULAR), found)
+    found = torch.where(not_finite(pAp, stretch), int(Status.NON_FINITE), found)
+    found = torch.where(done, RUNNING, found)
+    return torch.where(state.broken == RUNNING, found, state.broken)

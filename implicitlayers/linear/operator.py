@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from implicitlayers.status import MisuseError
 
-__all__ = ["Operator"]
+__all__ = ["Late", "Operator"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,16 @@ class Operator:
         basis = torch.eye(n, dtype=like.dtype, device=like.device)
         # The lane is moved afterwards: out_dims=-1 returns garbage for a product that does not depend on e.
         return vmap(lambda e: self.apply(e.expand_as(like)))(basis).movedim(0, -1)
+
+
+class Late:
+    """A product that is linearized when it is first asked for, since most linear solvers never do."""
+
+    def __init__(self, make: Callable[[], Callable[[Tensor], Tensor]]) -> None:
+        self._make = make
+        self._made: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        if self._made is None:
+            self._made = self._make()
+        return self._made(y)

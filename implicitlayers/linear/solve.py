@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from implicitlayers.linear.operator import Operator
+from implicitlayers.status import MisuseError
 
-__all__ = ["LinearSolution", "LinearSolver"]
+__all__ = ["LinearSolution", "LinearSolver", "check_right_hand_side"]
 
 
 class LinearSolution(NamedTuple):
@@ -22,6 +24,7 @@ class LinearSolution(NamedTuple):
         residual: ``[*lanes]``, norm of A x - b relative to the norm of b.
         curvature_min: ``[*lanes]``, smallest Rayleigh quotient pᵀAp / pᵀp met; NaN where none was.
         curvature_max: ``[*lanes]``, the largest.
+        smallest: ``[*lanes]``, estimate of the smallest singular value of A; NaN or None where the method has none.
     """
 
     x: Tensor
@@ -30,10 +33,11 @@ class LinearSolution(NamedTuple):
     residual: Tensor
     curvature_min: Tensor
     curvature_max: Tensor
+    smallest: Tensor | None = None
 
 
 class LinearSolver(ABC):
-    """Solves A x = b on every lane.
+    """Solves A x = b on every lane, in real arithmetic.
 
     Concrete solvers are frozen dataclasses. They never raise for a system they cannot solve: they say so in the status.
 
@@ -55,3 +59,23 @@ class LinearSolver(ABC):
     @abstractmethod
     def looks(self) -> bool:
         """Whether the solver looks at values, so that its status means something; False for a fixed number of steps."""
+
+    def with_tolerance(self, rtol: float) -> LinearSolver:
+        """The same method with another tolerance; itself where it has none, as a direct or a fixed-step method."""
+        if getattr(self, "rtol", None) is None:
+            return self
+        return replace(self, rtol=rtol, atol=0.0)  # type: ignore[type-var]
+
+
+def check_right_hand_side(b: Tensor) -> None:
+    """Raise `MisuseError` unless b is a real floating-point ``[*lanes, n]``."""
+    if not b.is_floating_point():
+        hint = (
+            "a complex system is a real one of twice the size: pass torch.view_as_real(b).flatten(-2) and the operator "
+            "on such vectors"
+            if b.is_complex()
+            else "pass b.to(torch.get_default_dtype())"
+        )
+        raise MisuseError(f"the right-hand side is {b.dtype}, and linear systems are solved in real numbers; {hint}.")
+    if b.ndim == 0:
+        raise MisuseError("the right-hand side is 0-d, and the last dimension is the vector; pass b.reshape(1).")

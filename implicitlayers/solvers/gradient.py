@@ -90,7 +90,7 @@ class GradientDescent(Solver[_State]):
             new = Point(x, *problem.value_and_residual(x))
         else:
             first = torch.full_like(old.objective, self.lr)
-            new, search = descend(problem, old, -old.F, first, self.line_search, self.looks)
+            new, search = descend(problem, old, -old.F, old.F, first, self.line_search, self.looks)
         assert state.progress is not None
         progress = state.progress.advance((old.x, old.F), (new.x, new.F), new.objective)
         return _State(new.x, velocity, new.objective, new.F, progress, search)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -75,19 +76,21 @@ class LBFGS(Solver[_State]):
         first = torch.ones_like(old.objective)
         if not state.memory.pairs:
             # Nothing is known of the curvature yet: the first step is no longer than one.
-            length = norm(old.F)
-            first = torch.where(length > 1, 1 / length, first)
-        new, search = descend(problem, old, direction, first, self.line_search, self.looks)
+            first = 1 / norm(old.F).clamp_min(1)
+        new, search = descend(problem, old, direction, old.F, first, self.line_search, self.looks)
         pairs = (*state.memory.pairs, _pair(new.x - old.x, new.F - old.F))[-self.memory :]
         progress = state.progress.advance((old.x, old.F), (new.x, new.F), new.objective)
         return _State(new, _Memory(pairs), progress, search)
 
     def terminate(self, problem: Bound, state: _State) -> Tensor:
-        status = state.progress.verdict(self, patience=10)
+        status = state.progress.verdict(self, patience=20)
         return torch.where((status == RUNNING) & (state.search != RUNNING), state.search, status)
 
     def postprocess(self, problem: Bound, state: _State) -> tuple[Tensor, Tensor, Tensor]:
         return state.point.x, norm(state.point.F), state.point.objective
+
+    def pairs(self, state: _State) -> Sequence[tuple[Tensor, Tensor]]:
+        return [(pair.s, pair.y) for pair in state.memory.pairs]
 
     def resume(self, problem: Bound, state: _State) -> _State:
         return self.init(problem, state.point.x)._replace(memory=state.memory)

@@ -50,7 +50,7 @@ def run_property(
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
         # Explaining which parts matter reruns the example, and a solve costs more than the explanation is worth.
-        phases=[p for p in settings.default.phases if p is not Phase.explain],
+        phases=[p for p in settings.default.phases if p is not Phase.explain],  # type: ignore[union-attr]
     )
     @given(strategy)
     def prop(example: Any) -> None:

@@ -57,18 +57,22 @@ class Comparing:
 
     @functools.cached_property
     def x(self) -> Vector:
+        """Where the layer is examined."""
         return self.subject.leaves
 
     @functools.cached_property
     def v(self) -> Vector:
+        """A random cotangent of the layer's outputs."""
         return normal_like(self.subject.at(self.x), generator(self.seed + 1))
 
     @functools.cached_property
     def w(self) -> Vector:
+        """A second random direction of the inputs, for second derivatives."""
         return normal_like(self.x, generator(self.seed + 2))
 
     @functools.cached_property
     def d(self) -> Vector:
+        """The random direction of the inputs along which derivatives are taken."""
         return normal_like(self.x, generator(self.seed + 3))
 
     @functools.cached_property

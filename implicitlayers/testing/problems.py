@@ -129,7 +129,7 @@ def _projection(name: str, statement: str, z: Tensor, *answers: Any) -> ClosedFo
     )
 
 
-def _table() -> list[ClosedForm]:
+def _minima() -> list[ClosedForm]:
     ridge = (_DATA, _TARGETS, _LAM)
     proximal = (_A, _B, _LAM, vector(2.0, 1.0))
     weighted = (vector(1.0, 0.5, 2.0, 1.5, 0.75), _DATA, _TARGETS)
@@ -162,6 +162,17 @@ def _table() -> list[ClosedForm]:
             ),
             smooth=False,
         ),
+        _argmin(
+            "exponential", "Σ exp xᵢ - θᵀx: x = log θ", lambda x, theta: x.exp().sum() - theta @ x,
+            (vector(1.5, 2.0),), 0, torch.log, lambda theta: torch.diag(1 / theta),
+            lambda theta: -torch.diag_embed(torch.diag(theta**-2)),
+        ),
+    ]  # fmt: skip
+
+
+def _constrained() -> list[ClosedForm]:
+    f = formulas
+    return [
         _projection(
             "soft threshold", "½‖x - z‖² + ½‖x‖₁ in z", vector(2.0, 0.25, -1.0),
             lambda z: z.sign() * (z.abs() - 0.5).clamp_min(0), lambda z: torch.diag((z.abs() > 0.5).to(z)),
@@ -186,11 +197,6 @@ def _table() -> list[ClosedForm]:
             ),
             function=lambda p, theta: (p * p.log()).sum() - theta @ p, x0=torch.full((3,), 1 / 3, dtype=torch.float64),
         ),
-        _argmin(
-            "exponential", "Σ exp xᵢ - θᵀx: x = log θ", lambda x, theta: x.exp().sum() - theta @ x,
-            (vector(1.5, 2.0),), 0, torch.log, lambda theta: torch.diag(1 / theta),
-            lambda theta: -torch.diag_embed(torch.diag(theta**-2)),
-        ),
         replace(
             _argmin(
                 "quadratic program", "½xᵀQx + qᵀx, Σx = 1, x ≥ 0, Q = [[4, 1], [1, 2]]: x = (¼, ¾) at q = (1, 1)",
@@ -199,6 +205,12 @@ def _table() -> list[ClosedForm]:
             ),
             smooth=False,
         ),
+    ]  # fmt: skip
+
+
+def _equations() -> list[ClosedForm]:
+    f = formulas
+    return [
         ClosedForm(
             "cubic root", "root", "θx³ - x - 2 = 0 near θ = 1: x = 1.5213797068, x' = -0.5924469933",
             f.cubic, vector([1.5]), (vector(1.0),), 0, f.cubic_root, f.cubic_first, f.cubic_second,
@@ -218,6 +230,11 @@ def _table() -> list[ClosedForm]:
             "affine contraction in M", "fixed_point", "x = Mx + b in M: ∂xᵢ/∂Mⱼₖ = Rᵢⱼxₖ with R = (I - M)⁻¹",
             f.affine, _ZERO, (_M, _B), 0, lambda M, b: f.resolvent(M) @ b, f.affine_in_M, f.affine_in_M_twice,
         ),
+    ]  # fmt: skip
+
+
+def _landscapes() -> list[ClosedForm]:
+    return [
         *(
             _nonconvex(f"Himmelblau at {name}", _himmelblau, vector(11.0, 7.0), near, "(x² + y - θ₀)² + (x + y² - θ₁)²")
             for name, near in _HIMMELBLAU.items()
@@ -232,7 +249,9 @@ def _table() -> list[ClosedForm]:
     ]  # fmt: skip
 
 
-CLOSED_FORMS: dict[str, ClosedForm] = {problem.name: problem for problem in _table()}
+CLOSED_FORMS: dict[str, ClosedForm] = {
+    problem.name: problem for problem in (*_minima(), *_constrained(), *_equations(), *_landscapes())
+}
 """Every problem by its name."""
 
 

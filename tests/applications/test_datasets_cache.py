@@ -1,19 +1,21 @@
 """The cache gives back what it was given, or warns and gives nothing."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from applications.datasets import ClassImages
-from applications.datasets.cache import cache_folder, read_cache, write_cache
+from applications.datasets.cache import cache_folder, cached, read_cache, write_cache
 
 DATASET = ClassImages(
-    images=torch.arange(240, dtype=torch.uint8).reshape(2, 5, 1, 4, 6), names=("Ä/1", "b"), source="made up"
-)
+    images=torch.arange(240, dtype=torch.uint8).reshape(2, 5, 1, 4, 6), names=("Ä/1", "b"), source="made up",
+    parts=("train", "test"), orientations=1,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,8 @@ def assert_found(file_name="file"):
     found = read_cache(file_name)
     assert found.images.equal(DATASET.images)
     assert found.images.dtype == torch.uint8
-    assert (found.names, found.source) == (DATASET.names, DATASET.source)
+    facts = ("names", "source", "parts", "orientations")
+    assert [getattr(found, fact) for fact in facts] == [getattr(DATASET, fact) for fact in facts]
 
 
 def test_round_trip(folder):
@@ -39,7 +42,7 @@ def test_round_trip(folder):
 
 def test_strided_images_are_kept():
     strided = DATASET.images.transpose(3, 4).contiguous().transpose(3, 4)
-    write_cache("file", ClassImages(strided, DATASET.names, DATASET.source))
+    write_cache("file", replace(DATASET, images=strided))
     assert_found()
 
 
@@ -65,6 +68,8 @@ DAMAGE = {
     "short": lambda path: path.write_bytes(path.read_bytes()[:-10]),
     "wrong pixels": lambda path: path.write_bytes(path.read_bytes()[:-10] + bytes(10)),
     "no entry for names": lambda path: rewrite(path, names=None),
+    "no parts": lambda path: rewrite(path, parts='["train"]'),
+    "a third of a turn": lambda path: rewrite(path, orientations="3"),
     "no names": lambda path: rewrite(path, names="[]"),
     "a number for names": lambda path: rewrite(path, names="5"),
     "names not JSON": lambda path: rewrite(path, names="["),
@@ -108,6 +113,34 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(folder, monkeypatch):
         write_cache("file", ClassImages(DATASET.images + 1, DATASET.names, DATASET.source))
     assert [path.name for path in folder.iterdir()] == ["file"]
     assert_found()
+
+
+def test_full_disk_leaves_the_old_file_and_nothing_else(folder, monkeypatch):
+    write_cache("file", DATASET)
+
+    def fill(_tensors, path, _metadata):
+        Path(path).write_bytes(b"half of it")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("applications.datasets.cache.save_file", fill)
+    with pytest.warns(UserWarning, match=r"could not be cached.*No space left on device"):
+        write_cache("file", ClassImages(DATASET.images + 1, DATASET.names, DATASET.source))
+    assert [path.name for path in folder.iterdir()] == ["file"]
+    assert_found()
+
+
+def test_key_is_made_of_kind_and_facts(folder):
+    reads = []
+
+    def read():
+        reads.append(1)
+        return DATASET
+
+    for kind, facts in (("a", [1]), ("a", [1]), ("a", [2]), ("b", [1]), ("a", [1])):
+        assert cached(kind, facts, read, use=True).images.equal(DATASET.images)
+    assert len(reads) == len(list(folder.iterdir())) == 3
+    cached("a", [1], read, use=False)
+    assert len(reads) == 4
 
 
 def test_no_home_folder_is_a_warning(monkeypatch):

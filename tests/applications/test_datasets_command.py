@@ -21,7 +21,7 @@ def test_load_glyphs_by_name():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"name='mnist' is not a dataset.*glyphs, omniglot"):
+    with pytest.raises(ValueError, match=r"name='mnist' is not a dataset.*folder, glyphs, mini-imagenet, omniglot"):
         load("mnist", None, seed=0)
 
 

@@ -2,9 +2,9 @@
 
 import os
 import random
+import sys
 import zipfile
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,11 +128,26 @@ def test_folder_listing_order_does_not_matter(tmp_path, monkeypatch, no_decoding
     for part in CHARACTERS:
         write_folder(tmp_path / "data", tree(part))
     expected = omniglot(tmp_path / "data")
-    listed = Path.rglob
-    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(shuffled(listed(self, pattern))))
+    listed = os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **options: iter(shuffled(listed(*args, **options))))
     assert omniglot(tmp_path / "data", cache=False).images.equal(expected.images)
     no_decoding()
     assert omniglot(tmp_path / "data").images.equal(expected.images), "the cache should be found again"
+
+
+def test_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    for part in CHARACTERS:
+        write_folder(tmp_path, tree(part))
+    listed = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("Greek"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match=r"Greek cannot be listed \(Permission denied\).*another dataset.*read access"):
+        omniglot(tmp_path)
 
 
 def test_other_files_are_passed_over(root, tmp_path):
@@ -141,7 +156,6 @@ def test_other_files_are_passed_over(root, tmp_path):
         f"{part}/Zulu/character01/._0001_01.png": b"finder",
         f"__MACOSX/{part}/Zulu/character01/0001_01.png": b"finder",
         f"{part}/Zulu/character01/Thumbs.db": b"explorer",
-        f"../{part}/Zulu/character01/0001_21.png": drawing("Zulu/character01", 0),
         f"{part}/readme.png": b"not an image",
     }
     expected = omniglot(root, cache=False)
@@ -149,6 +163,17 @@ def test_other_files_are_passed_over(root, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert omniglot(root, cache=False).images.equal(expected.images)
     assert sorted(tmp_path.rglob("*")) == before, "nothing should be extracted"
+
+
+@pytest.mark.parametrize("way", ["../", "/", "images_background/../../", "C:/", "..\\"])
+def test_archive_with_a_way_out_is_refused(root, tmp_path, way):
+    part = "images_background"
+    name = f"{way}{part}/Zulu/character01/0001_21.png"
+    write_zip(root / f"{part}.zip", tree(part) | {name: drawing("Zulu/character01", 0)})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"images_background\.zip has a member .*points outside of the archive"):
+        omniglot(root)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_place_with_both_parts_is_taken_before_one_with_a_single_part(root):
@@ -239,7 +264,7 @@ def test_corrupt_png(root, form, damage):
         write_zip(root / f"{part}.zip", files)
     else:
         write_folder(root, files)
-    with pytest.raises(ValueError, match=rf"{name.rpartition('/')[2]} in .*truncated or corrupt PNG"):
+    with pytest.raises(ValueError, match=rf"{name.rpartition('/')[2]} in .*truncated or corrupt image"):
         omniglot(root)
 
 
@@ -262,6 +287,43 @@ def test_character_in_both_parts(root):
     write_zip(root / f"{part}.zip", doubled)
     with pytest.raises(ValueError, match=r"Zulu/character01 has 40 drawings"):
         omniglot(root)
+
+
+@pytest.mark.parametrize("form", ["own archive", "own folder", "whole archive"])
+def test_minimal_set_is_a_part_of_the_whole(root, tmp_path, monkeypatch, form):
+    # The package has a function of the name of this module.
+    module = sys.modules["applications.datasets.omniglot"]
+    monkeypatch.setattr(module, "MINIMAL", {"small1": ("Greek",), "small2": ("Zulu",)})
+    whole = omniglot(root)
+    small = "images_background_small1"
+    files = {name.replace("images_background", small): png for name, png in tree("images_background").items()}
+    files = {name: png for name, png in files.items() if "Greek" in name}
+    if form == "own archive":
+        write_zip(root / f"{small}.zip", files)
+    elif form == "own folder":
+        write_folder(root, files)
+    if form != "whole archive":
+        (root / "images_background.zip").write_bytes(b"not looked at")
+    found = omniglot(root, minimal="small1")
+    assert found.names == ("Alpha_(new)/character01", "Greek/character09", "Greek/character10", "alpha/character01")
+    assert found.parts == ("evaluation", "background", "background", "evaluation")
+    assert found.images.equal(whole.images[[0, 1, 2, 5]])
+
+
+def test_unknown_minimal_set(root):
+    with pytest.raises(ValueError, match=r"minimal='small3' .*pass small1 or small2"):
+        omniglot(root, minimal="small3")
+
+
+def test_parts_and_colours(root):
+    dataset = omniglot(root, channels=3)
+    assert dataset.parts == ("evaluation", *["background"] * 4, "evaluation")
+    assert dataset.images.shape == (6, 20, 3, 28, 28)
+    grey = omniglot(root).images
+    assert grey.shape == (6, 20, 1, 28, 28)
+    assert dataset.images.equal(grey.expand(-1, -1, 3, -1, -1))
+    with pytest.raises(ValueError, match="channels=2 is neither"):
+        omniglot(root, channels=2)
 
 
 def test_impossible_size(root):
@@ -291,7 +353,7 @@ def test_cache_round_trip(root, cache_folder, no_decoding):
     second = omniglot(root)
     assert second.images.equal(first.images)
     assert second.images.dtype == torch.uint8
-    assert (second.names, second.source) == (first.names, first.source)
+    assert (second.names, second.source, second.parts) == (first.names, first.source, first.parts)
 
 
 def test_no_cache(root, cache_folder):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from applications.datasets import SPLIT_SIZES, ClassImages, check_disjoint, split_classes
+from applications.datasets.images import stack
 
 SIZES = {"train": 12, "validation": 3, "test": 5}
 
@@ -23,6 +24,24 @@ def test_counts_and_device():
     assert moved.images.device.type == "meta"
     assert (moved.names, moved.source) == (dataset.names, dataset.source)
     assert dataset.images.device.type == "cpu"
+
+
+def test_some_classes_are_taken_with_all_that_is_theirs():
+    dataset = class_images(images=torch.arange(6, dtype=torch.uint8).reshape(2, 3, 1, 1, 1), parts=("x", "y"))
+    taken = dataset.take(torch.tensor([1]))
+    assert (taken.names, taken.parts, taken.source) == (("b",), ("y",), "made up")
+    assert taken.images.flatten().tolist() == [3, 4, 5]
+
+
+def test_stacking_sorts_and_refuses_unequal_classes():
+    pixels = [np.full((1, 2, 2), value, np.uint8) for value in range(4)]
+    stacked = stack({"b": {"2": pixels[0], "1": pixels[1]}, "a": {"x": pixels[2], "y": pixels[3]}}, "made up")
+    assert stacked.names == ("a", "b")
+    assert stacked.images[..., 0, 0, 0].tolist() == [[2, 3], [1, 0]]
+    with pytest.raises(ValueError, match=r"a of made up has 1 images where other classes have 2"):
+        stack({"b": {"2": pixels[0], "1": pixels[1]}, "a": {"x": pixels[2]}}, "made up")
+    with pytest.raises(ValueError, match="made up has no class"):
+        stack({}, "made up")
 
 
 def test_class_images_cannot_be_changed():
@@ -42,6 +61,8 @@ def test_class_images_cannot_be_changed():
         ({"names": ("a",)}, ValueError, r"1 entries for 2 classes.*exactly 2"),
         ({"names": ("a", "a")}, ValueError, r"'a' twice.*distinct"),
         ({"source": ""}, ValueError, r"source=''.*non-empty"),
+        ({"parts": ("train",)}, ValueError, r"parts has 1 entries for 2 classes.*one for each"),
+        ({"orientations": 2}, ValueError, r"orientations=2.*pass 4 .*or 1"),
         ({"source": None}, ValueError, r"source=None.*non-empty"),
     ],
 )

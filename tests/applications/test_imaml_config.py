@@ -14,7 +14,7 @@ def test_settings_are_read_back_as_they_were_saved(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": "mnist"}, "data='mnist' is not known; pass one of glyphs, omniglot"),
+        ({"data": "mnist"}, "data='mnist' is not known; pass one of glyphs, omniglot, mini-imagenet, folder"),
         ({"algorithm": "sgd"}, "algorithm='sgd' is not known; pass one of imaml, fomaml"),
         ({"ways": 1}, "ways=1 cannot be; pass an integer of at least 2"),
         ({"tasks": 0}, "tasks=0 cannot be; pass an integer of at least 1"),
@@ -25,6 +25,12 @@ def test_settings_are_read_back_as_they_were_saved(tmp_path):
         ({"damping": -1.0}, "damping=-1.0 cannot be; pass a finite number of at least 0"),
         ({"seed": -1}, "seed=-1 cannot be"),
         ({"data": "omniglot"}, "root=None, but omniglot is read from files"),
+        ({"data": "folder"}, "root=None, but folder is read from files"),
+        ({"split": "lake"}, "split='lake' is no split of glyphs; pass one of seed, or None"),
+        ({"data": "omniglot", "root": "x", "split": "seed"}, "split='seed' is no split of omniglot; pass one of maml"),
+        ({"image_size": 8}, "image_size=8 cannot be; pass an integer of at least 16"),
+        ({"channels": 3}, "channels=3 cannot be with glyphs"),
+        ({"data": "folder", "root": "x", "channels": 2}, r"channels=2 cannot be with folder; pass one of \(None, 1, 3"),
         ({"log_every": 20, "validate_every": 50}, "validate_every=50 is not a multiple of log_every=20"),
     ],
 )

@@ -7,13 +7,13 @@ from torch.nn import functional as F
 from applications.imaml.convolution import _Gather, _Scatter, convolve
 
 
-def reference(x, weight, bias):
-    return F.conv2d(x.movedim(-1, 1), weight.permute(3, 2, 0, 1), bias, stride=2, padding=1).movedim(1, -1)
+def reference(x, weight):
+    return F.conv2d(x.movedim(-1, 1), weight.permute(3, 2, 0, 1), stride=2, padding=1).movedim(1, -1)
 
 
 def inputs(side, channels=2, filters=3):
     generator = torch.Generator().manual_seed(side)
-    shapes = (2, side, side, channels), (3, 3, channels, filters), (filters,)
+    shapes = (2, side, side, channels), (3, 3, channels, filters)
     return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
 
 
@@ -40,7 +40,7 @@ def test_gather_and_scatter_are_transposes_of_each_other():
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_maps_over_tasks_with_their_own_weights(axis):
-    x, weight, bias = (torch.stack([t.detach(), 2 * t.detach(), -t.detach()], axis) for t in inputs(4))
-    mapped = torch.vmap(convolve, in_dims=axis)(x, weight, bias)
-    each = [reference(*task) for task in zip(*(t.unbind(axis) for t in (x, weight, bias)), strict=True)]
+    x, weight = (torch.stack([t.detach(), 2 * t.detach(), -t.detach()], axis) for t in inputs(4))
+    mapped = torch.vmap(convolve, in_dims=axis)(x, weight)
+    each = [reference(*task) for task in zip(*(t.unbind(axis) for t in (x, weight)), strict=True)]
     torch.testing.assert_close(mapped, torch.stack(each))

@@ -139,6 +139,6 @@ def test_no_class_is_in_two_splits():
 @pytest.mark.usefixtures("small")
 def test_a_split_with_a_common_class_is_refused(monkeypatch):
     shared = {"train": torch.tensor([0, 1]), "validation": torch.tensor([2]), "test": torch.tensor([1, 3])}
-    monkeypatch.setattr(episodes, "split_classes", lambda classes, sizes, seed: shared)
+    monkeypatch.setattr(episodes, "partition", lambda *_: shared)
     with pytest.raises(ValueError, match="class 1 is in part 'train' and again in part 'test'"):
         load_splits(Config(), torch.device("cpu"))

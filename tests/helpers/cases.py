@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 from torch.utils import _pytree as pytree
 
@@ -185,6 +186,11 @@ TRANSFORMS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Ten
     "double-backward": (
         _double_backward,
         lambda f: grad(lambda t: grad(loss(f))(t).square().sum())(THETA),
+    ),
+    "batched-cotangents": (lambda f: functional.jacobian(f, THETA, vectorize=True), lambda f: jacfwd(f)(THETA)),
+    "batched-cotangents-hessian": (
+        lambda f: functional.hessian(loss(f), THETA, vectorize=True),
+        lambda f: jacrev(jacrev(loss(f)))(THETA),
     ),
     "third": (lambda f: grad(grad(grad(_line(f))))(ONE), lambda f: jacfwd(grad(grad(_line(f))))(ONE)),
     "third-forward": (lambda f: jacfwd(jacfwd(jacfwd(_line(f))))(ONE), lambda f: grad(grad(grad(_line(f))))(ONE)),

@@ -180,6 +180,22 @@ def test_a_tolerance_beyond_precision_stalls_or_converges_but_ends():
     assert solution.steps.item() < 1000
 
 
+def test_a_residual_that_rises_for_long_before_it_falls_is_no_stall():
+    # Eigenvalues spread over six decades, and every eigenvector in b: the residual stays above its start for hundreds
+    # of steps, more than the patience of n + 20, while the energy falls in all of them.
+    n = 60
+    eigenvalues = torch.logspace(0, -6, n, dtype=F64)
+    solver = il.CG(rtol=1e-8, max_steps=5000)
+    risen = il.CG(rtol=None, atol=None, max_steps=n + 21)
+    operator = il.Operator(lambda y: eigenvalues * y, symmetric=True)
+    b = normal(n)
+    assert risen.solve(operator, b).residual.item() > 1
+    solution = solver.solve(operator, b)
+    assert solution.status.item() == il.Status.CONVERGED
+    assert solution.steps.item() > n + 21
+    assert ((eigenvalues * solution.x - b).norm() / b.norm()).item() < 1e-8 * 1.01
+
+
 # --- options ------------------------------------------------------------------------------------------------
 
 

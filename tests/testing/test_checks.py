@@ -171,7 +171,8 @@ def test_a_solver_of_a_fixed_number_of_steps_passes_where_they_are_enough():
 
 
 def test_a_solver_with_too_few_steps_is_caught():
-    with pytest.raises(GradientMismatch, match="MAX_STEPS"):
+    # It says so itself, and where the smallest example lets it off, it is far from the known answer.
+    with pytest.raises(GradientMismatch, match=r"MAX_STEPS|against the known answer"):
         check_solver(il.GradientDescent(lr=1e-3, max_steps=20))
 
 

@@ -1,52 +1,19 @@
-"""What is added to an objective: smooth penalties with learnable strengths.
-
-A regularizer is given in the user's terms, trees and strengths, and becomes `Term`s of the optimality condition, whose
-derivatives are written down instead of being traced: λ(x - θ) costs one subtraction, not a graph.
-"""
+"""Quadratic penalties. Their derivatives are written down, not traced: λ(x - θ) costs one subtraction, not a graph."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitlayers.flat import Structure, Tree
 from implicitlayers.loop import dot
-from implicitlayers.problem import Lanes, Potential, Term, aligned
-from implicitlayers.status import MisuseError
+from implicitlayers.problem import Lanes, Potential, aligned
+from implicitlayers.regularizers.base import Pieces, Regularizer, check_strength
 
-__all__ = ["Proximal", "Regularizer", "Ridge", "Sum"]
-
-
-class Regularizer(ABC):
-    """A penalty on the unknown; regularizers add with ``+``."""
-
-    @abstractmethod
-    def terms(self, structure: Structure, first_slot: int) -> tuple[list[Term], list[Tensor]]:
-        """The terms for an unknown of this structure, and their tensors, which take the slots from `first_slot` on."""
-
-    def __add__(self, other: Regularizer) -> Regularizer:
-        """The sum of both penalties."""
-        return Sum(self, other)
-
-
-class Sum(Regularizer):
-    """The sum of two regularizers."""
-
-    def __init__(self, first: Regularizer, second: Regularizer) -> None:
-        for part in (first, second):
-            if not isinstance(part, Regularizer):
-                raise MisuseError(f"{part!r} is no regularizer and cannot be added to one.")
-        self.first, self.second = first, second
-
-    def terms(self, structure: Structure, first_slot: int) -> tuple[list[Term], list[Tensor]]:
-        terms, tensors = self.first.terms(structure, first_slot)
-        more_terms, more_tensors = self.second.terms(structure, first_slot + len(tensors))
-        return terms + more_terms, tensors + more_tensors
+__all__ = ["Proximal", "QuadraticTerm", "Ridge"]
 
 
 class Proximal(Regularizer):
@@ -59,12 +26,12 @@ class Proximal(Regularizer):
     """
 
     def __init__(self, anchor: Tree, lam: Tree) -> None:
-        _check_strength("Proximal", lam)
+        check_strength("Proximal", lam)
         self.anchor, self.lam = anchor, lam
 
-    def terms(self, structure: Structure, first_slot: int) -> tuple[list[Term], list[Tensor]]:
+    def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
         tensors = [structure.broadcast(self.lam, "Proximal's lam"), structure.flatten(self.anchor, "Proximal's anchor")]
-        return [QuadraticTerm((first_slot, first_slot + 1))], tensors
+        return Pieces([QuadraticTerm((first_slot, first_slot + 1))], None, tensors)
 
 
 class Ridge(Regularizer):
@@ -75,16 +42,11 @@ class Ridge(Regularizer):
     """
 
     def __init__(self, lam: Tree) -> None:
-        _check_strength("Ridge", lam)
+        check_strength("Ridge", lam)
         self.lam = lam
 
-    def terms(self, structure: Structure, first_slot: int) -> tuple[list[Term], list[Tensor]]:
-        return [QuadraticTerm((first_slot,))], [structure.broadcast(self.lam, "Ridge's lam")]
-
-
-def _check_strength(name: str, lam: Any) -> None:
-    if isinstance(lam, (int, float)) and not lam >= 0:
-        raise MisuseError(f"{name}(lam={lam}): a negative strength rewards distance; pass a number >= 0.")
+    def pose(self, structure: Structure, start: Tensor, first_slot: int) -> Pieces:
+        return Pieces([QuadraticTerm((first_slot,))], None, [structure.broadcast(self.lam, "Ridge's lam")])
 
 
 @dataclass(frozen=True)
@@ -99,6 +61,9 @@ class QuadraticTerm(Potential):
 
     def residual(self, x: Tensor, *params: Tensor) -> Tensor:
         return params[0] * self._away(x, params)
+
+    def value_and_residual(self, x: Tensor, params: Sequence[Tensor], lanes: Lanes) -> tuple[Tensor, Tensor]:
+        return self.accumulate(torch.zeros_like(x[..., 0]), torch.zeros_like(x), x, params, lanes)
 
     def accumulate(
         self, value: Tensor, F: Tensor, x: Tensor, params: Sequence[Tensor], lanes: Lanes

@@ -1,0 +1,68 @@
+"""Which network classifies images of which size: one face for both.
+
+28 pixels are for the strided network of the Omniglot experiments, which is the faster; everything else is for the
+pooled one of the Mini-ImageNet experiments. The size of the images decides wherever they are seen, so that nobody has
+to hand a network about.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from applications.imaml import network, pooled
+from applications.imaml.network import Parameters, Statistics
+
+__all__ = ["Parameters", "Statistics", "batch_statistics", "forward", "initialize"]
+
+
+def initialize(ways: int, channels: int, side: int, generator: torch.Generator) -> Parameters:
+    """Draw the parameters of a new network.
+
+    Args:
+        ways: number of classes that it tells apart.
+        channels: channels of its images.
+        side: height and width of its images, in pixels.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        float32 parameters by name.
+
+    Raises:
+        ValueError: if no network takes images so small.
+    """
+    if side == network.SIDE:
+        return network.initialize(ways, channels, generator)
+    return pooled.initialize(ways, channels, side, generator)
+
+
+def forward(parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None) -> Tensor:
+    """Classify images.
+
+    Args:
+        parameters: as drawn by ``initialize``.
+        images: ``[batch, channels, side, side]``, between 0 and 1.
+        statistics: what to normalise with, one entry for each block, from ``batch_statistics`` of another batch; the
+            batch's own without.
+
+    Returns:
+        Logits ``[batch, ways]``.
+    """
+    if images.shape[-1] == network.SIDE:
+        return network.forward(parameters, images, statistics)
+    return pooled.apply(parameters, images, statistics)[0]
+
+
+def batch_statistics(parameters: Parameters, images: Tensor) -> list[Statistics]:
+    """What each block's batch normalisation sees of a batch, to be handed to ``forward`` with another.
+
+    Args:
+        parameters: as drawn by ``initialize``.
+        images: ``[batch, channels, side, side]``, between 0 and 1.
+
+    Returns:
+        The statistics of each block.
+    """
+    if images.shape[-1] == network.SIDE:
+        return network.batch_statistics(parameters, images)
+    return pooled.apply(parameters, images)[1]

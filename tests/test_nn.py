@@ -1,0 +1,188 @@
+"""The modules: in a Sequential, moved, saved, copied, pickled, called functionally, under autocast, in DDP."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import implicitlayers as il
+
+F64 = torch.float64
+
+
+class Distance(nn.Module):
+    """½‖x - W b‖² + ¼ Σ x⁴, so that the minimizer is not linear in W."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.tensor([[1.0, 2.0], [0.5, -1.0], [0.3, 0.1]], dtype=F64))
+
+    def forward(self, x, b):
+        return (x - self.W @ b).square().sum() / 2 + x.pow(4).sum() / 4
+
+
+class Ridge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_lam = nn.Parameter(torch.zeros((), dtype=F64))
+
+    def forward(self, *params):
+        return il.Ridge(self.log_lam.exp())
+
+
+def layer():
+    return il.nn.ArgminLayer(Distance(), torch.zeros(3, dtype=F64), regularizer=Ridge(), solver=il.Newton(rtol=1e-12))
+
+
+B = torch.tensor([0.7, -0.4], dtype=F64)
+
+
+def expected(W, log_lam, b):
+    """The root of x + x³ + λx = W b, elementwise, by Newton's method."""
+    lam, c = log_lam.exp(), W @ b
+    x = torch.zeros_like(c)
+    for _ in range(30):
+        x = x - (x + x**3 + lam * x - c) / (1 + 3 * x**2 + lam)
+    return x
+
+
+def test_every_parameter_is_found_and_gets_its_gradient():
+    module = layer()
+    assert set(dict(module.named_parameters())) == {"function.W", "regularizer.log_lam"}
+    module(B).sin().sum().backward()
+    W, log_lam = module.function.W, module.regularizer.log_lam
+    oracle = torch.autograd.grad(expected(W, log_lam, B).sin().sum(), (W, log_lam))
+    torch.testing.assert_close((W.grad, log_lam.grad), oracle, rtol=1e-9, atol=1e-12)
+    assert module.solution.status == il.Status.CONVERGED
+    assert module.solution.adjoint.residual < 1e-6
+    assert not module.solution.value.requires_grad
+
+
+def test_composite_of_modules_contributes_its_parameters():
+    model = nn.Linear(2, 3).double()
+    composite = il.Composite(lambda w, X: X @ w, lambda z, X: z.square().sum())
+    assert not list(il.nn.ArgminLayer(composite, torch.zeros(2)).parameters())
+    composite = il.Composite(model, lambda z, *_: (z - 1).square().sum())
+    module = il.nn.ArgminLayer(composite, torch.zeros(2, dtype=F64), adjoint=il.Implicit(curvature="gauss_newton"))
+    assert len(list(module.parameters())) == 2
+    module.regularizer = il.Ridge(1.0)
+    module().sum().backward()
+    assert model.weight.grad.abs().min() > 0
+
+
+def test_in_a_sequential_over_a_batch():
+    torch.manual_seed(0)
+    start = nn.Linear(4, 2).double()
+    module = layer()
+    model = nn.Sequential(start, module)
+    one = model(torch.ones(4, dtype=F64))
+    torch.testing.assert_close(
+        one, expected(module.function.W, module.regularizer.log_lam, start(torch.ones(4, dtype=F64)))
+    )
+    rows = torch.randn(5, 4, dtype=F64)
+    batch = torch.vmap(model)(rows)
+    torch.testing.assert_close(batch, torch.stack([model(row) for row in rows]))
+    torch.vmap(model)(rows)
+    assert module.solution is None  # What lives inside a transform must not be kept.
+
+
+def test_state_moves_saves_and_loads():
+    module, other = layer(), layer()
+    with torch.no_grad():
+        module.function.W.mul_(2)
+    other.load_state_dict(module.state_dict())
+    assert set(module.state_dict()) == {"function.W", "regularizer.log_lam"}
+    torch.testing.assert_close(other(B), module(B))
+    single = layer().to(torch.float32)
+    assert single(B.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_independent_also_after_a_call(again):
+    module = layer()
+    value = module(B)
+    twin = again(module)
+    assert twin.solution is None
+    torch.testing.assert_close(twin(B), value)
+    with torch.no_grad():
+        twin.function.W.zero_()
+    torch.testing.assert_close(module(B), value)
+    assert twin(B).abs().max() == 0
+
+
+def test_functional_call_differentiates_what_is_passed():
+    module = layer()
+    values = {name: value.detach().clone() for name, value in module.named_parameters()}
+
+    def total(values):
+        return torch.func.functional_call(module, values, (B,)).sin().sum()
+
+    ours = torch.func.grad(total)(values)
+    oracle = torch.func.grad(lambda v: expected(v["function.W"], v["regularizer.log_lam"], B).sin().sum())(values)
+    torch.testing.assert_close(ours, oracle, rtol=1e-9, atol=1e-12)
+
+
+def test_under_autocast_the_solve_keeps_its_precision():
+    module = layer().to(torch.float32)
+    X = torch.randn(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (X @ X).dtype == torch.bfloat16
+        value = module(B.float())
+        value.sum().backward()
+    reference = expected(module.function.W.double(), module.regularizer.log_lam.double(), B.float().double())
+    # Bfloat16 has three digits; float32 is asked for.
+    torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-6)
+    assert value.dtype == module.function.W.grad.dtype == torch.float32
+
+
+def test_root_fixed_point_and_least_squares_layers():
+    theta = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    root = il.nn.RootLayer(lambda x, t: t * x**3 - x - 2, torch.tensor(1.5, dtype=F64))
+    x = root(theta)
+    assert x.item() == pytest.approx(1.5213797068, abs=1e-9)
+    assert torch.autograd.grad(x, theta)[0].item() == pytest.approx(-0.5924469933, abs=1e-9)
+    shift = torch.tensor(0.0, dtype=F64, requires_grad=True)
+    fixed = il.nn.FixedPointLayer(lambda x, t: torch.cos(x) + t, torch.tensor(1.0, dtype=F64))
+    x = fixed(shift)
+    assert x.item() == pytest.approx(0.7390851332, abs=1e-7)
+    assert torch.autograd.grad(x, shift)[0].item() == pytest.approx(0.5975100457, abs=1e-6)
+    A, y = torch.eye(3, 2, dtype=F64), torch.arange(3, dtype=F64, requires_grad=True)
+    fit = il.nn.LeastSquaresLayer(lambda w, y: A @ w - y, torch.zeros(2, dtype=F64))
+    torch.testing.assert_close(fit(y), y[:2])
+
+
+def test_a_start_made_from_the_input_and_aux():
+    mapping = nn.Linear(3, 3).double()
+    with torch.no_grad():
+        mapping.weight.mul_(0.1)
+    module = il.nn.FixedPointLayer(
+        lambda z, x: (torch.tanh(mapping(z) + x), z.norm()), x0=torch.zeros_like, has_aux=True
+    )
+    x = torch.randn(2, 3, dtype=F64)
+    value, size = module(x)
+    torch.testing.assert_close(value, torch.tanh(mapping(value) + x), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(size, value.norm())
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(il.MisuseError, match=r"Ridge holds an nn.Parameter.*pass a module"):
+        il.nn.ArgminLayer(Distance(), torch.zeros(3), regularizer=il.Ridge(nn.Parameter(torch.ones(()))))
+    with pytest.raises(il.MisuseError, match="x0 holds a float"):
+        il.nn.RootLayer(lambda x: x, {"a": 1.0})
+
+
+def test_distributed_data_parallel_finds_the_parameters(tmp_path):
+    """One process: what is tested is that the wrapper's hooks see the gradients of a layer."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(layer())
+        model(B).sin().sum().backward()
+        module = model.module
+        W, log_lam = module.function.W, module.regularizer.log_lam
+        oracle = torch.autograd.grad(expected(W, log_lam, B).sin().sum(), (W, log_lam))
+        torch.testing.assert_close((W.grad, log_lam.grad), oracle, rtol=1e-9, atol=1e-12)
+    finally:
+        torch.distributed.destroy_process_group()
