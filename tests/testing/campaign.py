@@ -22,7 +22,7 @@ class Count:
         layer: its name.
         examples: how many there were.
         inconclusive: how many of them said nothing.
-        seconds: what they took.
+        seconds: of processor time that they took.
         exhausted: whether there are no others.
         alarm: what was wrongly found, empty if nothing.
     """
@@ -54,16 +54,16 @@ def counts(results: Path) -> dict[str, Count]:
 
 def look(layer: str, check: Check, examples: int) -> Count:
     """One batch."""
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         agreed, silent = check(examples)
     except Exception as error:  # Also an error that is none of the kit's is an alarm: these layers are right.
         notes = "\n".join(getattr(error, "__notes__", []))
         alarm = f"{type(error).__name__}: {error}\n{notes}"
-        return Count(layer, seconds=time.monotonic() - begin, alarm=alarm)
+        return Count(layer, seconds=time.process_time() - begin, alarm=alarm)
     # Hypothesis draws fewer than it is asked for where it has tried all there are.
     seen = agreed + silent
-    return Count(layer, seen, silent, time.monotonic() - begin, exhausted=seen < examples)
+    return Count(layer, seen, silent, time.process_time() - begin, exhausted=seen < examples)
 
 
 def go_on(layers: Mapping[str, Check], results: Path, examples: int, seconds: float) -> Iterator[Count]:
