@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tests.testing.library_layers import Check
 
-FIRST, MOST = 5, 250
+FIRST, MOST = 2, 250
 """Examples of a layer's first batch, and of its largest: each repeats the simplest ones, so they grow."""
 
 
@@ -68,17 +69,17 @@ def look(layer: str, check: Check, examples: int) -> Count:
 
 def go_on(layers: Mapping[str, Check], results: Path, examples: int, seconds: float) -> Iterator[Count]:
     """Give examples to the layer that has fewest, until all have enough or the time is over."""
-    end = time.monotonic() + seconds
+    end, order = time.monotonic() + seconds, random.Random(0)
     done = {name: Count(name) for name in layers} | counts(results)
     while time.monotonic() < end:
         waiting = [name for name in layers if not (done[name].exhausted or done[name].alarm)]
-        name = min(waiting, key=lambda name: done[name].examples, default=None)
+        # Of equals any one, so that an early end has looked into every corner.
+        name = min(waiting, key=lambda name: (done[name].examples, order.random()), default=None)
         if name is None or done[name].examples >= examples:
             return
         batch = min(max(FIRST, done[name].examples), MOST, examples - done[name].examples)
         count = look(name, layers[name], batch)
         with results.open("a", encoding="utf-8") as file:
-            # The end of an interrupted line, if there is one.
             file.write(json.dumps(asdict(count)) + "\n")
         done[name] += count
         yield count
