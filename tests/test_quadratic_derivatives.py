@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch.func import grad, hessian, jacfwd, jacrev, jvp
+from torch.func import grad, hessian, jacfwd, jacrev
 
 import implicitlayers as il
+from implicitlayers.testing import assert_gradients_match
 from tests.helpers.problems import F64, normal
 from tests.helpers.programs import ALL, NAMES, ORACLE, PROGRAM, M, N, P, assert_near, layer
 
@@ -20,19 +21,8 @@ def test_all_six_first_derivatives_against_the_active_set(mode):
         assert_near(ours, expected)
 
 
-@pytest.mark.parametrize("which", ALL, ids=NAMES)
-def test_first_derivatives_against_finite_differences(which):
-    direction, step = normal(*PROGRAM[which].shape, seed=90), 1e-5
-    program = list(PROGRAM)
-
-    def moved(t):
-        program[which] = PROGRAM[which] + t * direction
-        return layer(*program)
-
-    difference = (moved(step) - moved(-step)) / (2 * step)
-    _, ours = jvp(lambda t: layer(*PROGRAM[:which], t, *PROGRAM[which + 1 :]), (PROGRAM[which],), (direction,))
-    # Truncation, step² times third derivatives of up to a hundred, and rounding over the step.
-    assert_near(ours, difference, 1e-7)
+def test_first_derivatives_against_finite_differences():
+    assert_gradients_match(layer, *PROGRAM, modes=("reverse", "forward"))
 
 
 def scalar(f):
@@ -70,14 +60,9 @@ def test_second_derivatives_where_multipliers_and_slacks_are_large():
 
 
 def test_double_backward_against_finite_differences():
-    leaf, direction, step = PROGRAM[0].clone().requires_grad_(), normal(N, N, seed=92), 1e-5
-
-    def slope(Q):
-        return torch.autograd.grad(scalar(layer)(Q, *PROGRAM[1:]), Q, create_graph=True)[0]
-
-    (ours,) = torch.autograd.grad((slope(leaf) * direction).sum(), leaf)
-    ahead, behind = (slope((leaf.detach() + t * direction).requires_grad_()) for t in (step, -step))
-    assert_near(ours, ((ahead - behind) / (2 * step)).detach(), 1e-6)
+    assert_gradients_match(
+        scalar(layer), PROGRAM[0].clone().requires_grad_(), *PROGRAM[1:], order=2, modes=("reverse",)
+    )
 
 
 def test_the_derivative_in_Q_is_symmetric_and_only_its_symmetric_part_counts():

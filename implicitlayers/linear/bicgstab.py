@@ -79,7 +79,7 @@ class _State(NamedTuple):
 @dataclass(frozen=True)
 class _Stabilized(Algorithm[System, _State]):
     def init(self, problem: System, x: Tensor) -> _State:
-        r = problem.first_residual()
+        r = problem.first
         course = Course.begin(norm(r.detach()))
         fresh = torch.ones_like(course.idle, dtype=torch.bool)
         return _State(x, x, course.residual, r, r, r, dot(r, r).to(r.dtype), fresh, course)

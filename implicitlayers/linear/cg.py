@@ -88,7 +88,7 @@ class CG(LinearSolver):
 @dataclass(frozen=True)
 class _ConjugateGradients(Algorithm[System, _State]):
     def init(self, problem: System, x: Tensor) -> _State:
-        r = problem.first_residual()
+        r = problem.first
         z, rz, residual = _precondition(problem, r)
         nan = torch.full_like(residual, torch.nan)
         steady = torch.zeros_like(residual, dtype=torch.int64)

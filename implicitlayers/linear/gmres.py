@@ -88,7 +88,7 @@ class _Restarts(Algorithm[System, _State]):
     looks: bool
 
     def init(self, problem: System, x: Tensor) -> _State:
-        r = problem.first_residual()
+        r = problem.first
         course = Course.begin(norm(r.detach()))
         return _State(x, r, torch.zeros_like(course.idle), 0, course)
 

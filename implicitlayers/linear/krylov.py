@@ -33,8 +33,8 @@ class System(NamedTuple):
     Attributes:
         operator: A.
         b: ``[*lanes, n]`` of norm one, or zero.
-        start: ``[*lanes, n]``.
-        warm: whether the start is not zero.
+        start: ``[*lanes, n]``, zero in lanes where the given start was no better than that.
+        first: ``[*lanes, n]``, the residual at the start.
         scale: ``[*lanes, 1]``, what b was divided by.
         tolerance: ``[*lanes]``, for the norm of the residual.
         precondition: r ↦ M⁻¹ r.
@@ -43,7 +43,7 @@ class System(NamedTuple):
     operator: Operator
     b: Tensor
     start: Tensor
-    warm: bool
+    first: Tensor
     scale: Tensor
     tolerance: Tensor
     precondition: Callable[[Tensor], Tensor]
@@ -51,10 +51,6 @@ class System(NamedTuple):
     def residual_at(self, x: Tensor) -> Tensor:
         """The vector b - A x."""
         return self.b - self.operator(x)
-
-    def first_residual(self) -> Tensor:
-        """The same at the start, without a product where that is zero."""
-        return self.residual_at(self.start) if self.warm else self.b
 
 
 def scaled(
@@ -71,15 +67,28 @@ def scaled(
     # A non-finite right-hand side is left as it is, and named. The reciprocal of a subnormal number is infinite.
     finite = b_norm.clamp_min(torch.finfo(b.dtype).tiny)
     scale = torch.where(torch.isfinite(b_norm), finite, torch.ones_like(b_norm)).unsqueeze(-1)
-    start = torch.zeros_like(b) if x0 is None else x0 / scale
+    # Two divisions: 1/scale overflows in float32 for a cotangent of 1e-39 already.
+    unit = b / scale
+    start, first = (torch.zeros_like(b), unit) if x0 is None else _begin(operator, unit, x0 / scale)
     relative = max(rtol, 8 * torch.finfo(b.dtype).eps) if rtol else 0.0
     tolerance = (atol or 0.0) / scale.squeeze(-1) + relative
     if isinstance(preconditioner, Preconditioner):
         # It changes the way to the solution, not the solution, and is no part of a derivative.
         with torch.no_grad():
             preconditioner = preconditioner.prepare(operator, b.detach())
-    # Two divisions: 1/scale overflows in float32 for a cotangent of 1e-39 already.
-    return System(operator, b / scale, start, x0 is not None, scale, tolerance, preconditioner or _identity)
+    return System(operator, unit, start, first, scale, tolerance, preconditioner or _identity)
+
+
+def _begin(operator: Operator, b: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A start and its residual, lane by lane; zero where x is further from solving the system than zero is.
+
+    The error of x is relative to ‖x‖. Where b is much smaller than A x, as after a warm start from the solution for
+    another b, the answer would drown in its rounding, and at b = 0 never become zero.
+    """
+    r = b - operator(x)
+    # What is not finite compares as False, too.
+    nearer = (norm(r.detach()) <= norm(b.detach())).unsqueeze(-1)
+    return torch.where(nearer, x, torch.zeros_like(x)), torch.where(nearer, r, b)
 
 
 def _identity(r: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class _State(NamedTuple):
 @dataclass(frozen=True)
 class _MinimalResiduals(Algorithm[System, _State]):
     def init(self, problem: System, x: Tensor) -> _State:
-        r = problem.first_residual()
+        r = problem.first
         z = problem.precondition(r)
         square = dot(r, z)
         beta = root(square).to(r.dtype)

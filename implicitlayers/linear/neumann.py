@@ -76,7 +76,7 @@ class _Richardson(Algorithm[System, _State]):
     step_size: float
 
     def init(self, problem: System, x: Tensor) -> _State:
-        r = problem.first_residual()
+        r = problem.first
         return _State(x, r, Course.begin(norm(r.detach())))
 
     def step(self, problem: System, state: _State) -> _State:

@@ -113,7 +113,7 @@ class _Gradients(NamedTuple):
 @dataclass(frozen=True)
 class _LeastSquaresGradients(Algorithm[System, _Gradients]):
     def init(self, problem: System, x: Tensor) -> _Gradients:
-        r = problem.first_residual()
+        r = problem.first
         pull, p = normalized(problem.operator.T(r))
         return _Gradients(x, r, p, pull, pull, Course.begin(norm(r.detach())))
 
@@ -171,7 +171,7 @@ class _Bidiagonal(NamedTuple):
 @dataclass(frozen=True)
 class _Bidiagonalization(Algorithm[System, _Bidiagonal]):
     def init(self, problem: System, x: Tensor) -> _Bidiagonal:
-        r = problem.first_residual()
+        r = problem.first
         beta, u = normalized(r)
         alpha, v = normalized(problem.operator.T(u))
         zero, one, none = torch.zeros_like(beta), torch.ones_like(beta), torch.zeros_like(r)

@@ -253,20 +253,25 @@ class Comparing:
         """The same disagreement at the worst single entry of Jᵀv."""
         leaf = self.x[i]
         chosen = torch.linspace(0, leaf.numel() - 1, min(leaf.numel(), ENTRIES)).round().long().tolist()
-        worst = replace(comparison, reason="" if gradient is not None else "No gradient reaches this input.")
-        excess = 0.0
+        rows = []
         for j in chosen:
             basis = torch.zeros_like(leaf).reshape(-1)
             basis[j] = 1
-            q = self.along(self.reference.at, i, basis.reshape(leaf.shape), self.v)(FIRST).part(slice(-1, None))
-            found = 0.0 if gradient is None else float(gradient.reshape(-1)[j])
-            expected, floor, allowed = float(q.expected[0]), float(q.floor[0]), self.tol * float(q.scale[0])
-            here = abs(found - expected) / max(floor + allowed, 1e-300)
-            if here > excess or found != found:
-                excess = here
-                entry = f"{self.subject.names[i]}{index(j, leaf.shape)} of Jᵀv"
-                worst = replace(worst, entry=entry, found=found, expected=expected, floor=floor, allowed=allowed)
-        return worst
+            rows.append(
+                self.along(self.reference.at, i, basis.reshape(leaf.shape), self.v)(FIRST).part(slice(-1, None))
+            )
+        expected, floor = (torch.cat([row[k] for row in rows]) for k in range(2))
+        # A small entry is held to the size of the gradient that it is part of, as in a random direction.
+        allowed = self.tol * max(float(row.scale[0]) for row in rows)
+        found = torch.zeros_like(expected) if gradient is None else flat([gradient]).cpu()[chosen]
+        excess = ((found - expected).abs() / (floor + allowed).clamp_min(1e-300)).nan_to_num(nan=torch.inf)
+        excess = torch.where(torch.isfinite(expected), excess, 0.0)
+        k = int(excess.argmax())
+        return replace(
+            comparison, entry=f"{self.subject.names[i]}{index(chosen[k], leaf.shape)} of Jᵀv", found=float(found[k]),
+            expected=float(expected[k]), floor=float(floor[k]), allowed=allowed,
+            reason="" if gradient is not None else "No gradient reaches this input.",
+        )  # fmt: skip
 
 
 def named(names: Sequence[str], shapes: Sequence[torch.Size], k: int) -> str:

@@ -143,6 +143,17 @@ def test_warm_start(method):
 
 
 @every
+def test_a_start_further_away_than_zero_is_dropped_lane_by_lane(method):
+    A, x = spd(6), normal(6, seed=1)
+    near = A @ x
+    solution = method(rtol=1e-9).solve(operator(A), torch.stack([near, 1e-24 * near, 0 * near]), x.expand(3, 6))
+    assert solution.status.tolist() == [Status.CONVERGED] * 3
+    assert solution.steps[0] == 0
+    assert_near(solution.x[1] * 1e24, x, 1e-7)
+    assert_near(solution.x[2], 0 * x, 0.0)
+
+
+@every
 def test_atol_is_in_the_units_of_the_right_hand_side(method):
     A = poisson(50)
     for scale in (1e-6, 1e6):

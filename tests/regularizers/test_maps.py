@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jacfwd, jacrev, vmap
 
 import implicitlayers as il
+from implicitlayers.testing import assert_gradients_match
 from tests.helpers.cases import flat
 from tests.helpers.problems import F64, each, normal
 from tests.helpers.proximal import nonsmooth_of, projected_onto_simplex, prox, value
@@ -199,13 +199,11 @@ LEARNABLE = {
 @pytest.mark.parametrize("where", [Y, Y / 20], ids=["far", "near"])
 def test_derivatives_by_finite_differences(name, where):
     make, strength = LEARNABLE[name]
-    inputs = where.clone().requires_grad_(), strength.clone().requires_grad_()
 
     def layer(y, s):
         return prox(make(s), y, STEP)
 
-    assert gradcheck(layer, inputs, check_forward_ad=True)
-    assert gradgradcheck(layer, inputs, check_fwd_over_rev=True)
+    assert_gradients_match(layer, where, strength, order=2, modes=("reverse", "forward"))
 
 
 @pytest.mark.parametrize("name", LEARNABLE)

@@ -5,8 +5,14 @@ import pytest
 import scipy.optimize
 import torch
 
-from implicitlayers.testing import assert_gradients_match, check_layer, compare_gradients, strategies
-from tests.testing.planted import function, systems
+from implicitlayers.testing import (
+    GradientMismatch,
+    assert_gradients_match,
+    check_layer,
+    compare_gradients,
+    strategies,
+)
+from tests.testing.planted import function, newton, systems
 
 F64 = torch.float64
 A = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 4.0]], dtype=F64)
@@ -46,35 +52,69 @@ def test_a_scipy_root_with_a_hand_written_backward(factor, verdict):
     assert compare_gradients(layer, B, modes=("reverse",)).verdict == verdict
 
 
-def test_torchopt_custom_root():
+# --- other libraries, whose own warnings are not ours ---------------------------------------------
+
+
+def _cubic(x, theta):
+    return x**3 + x - theta
+
+
+def _torchopt(**options):
     torchopt = pytest.importorskip("torchopt")
 
-    def optimality(x, theta):
-        return x**3 + x - theta
-
-    @torchopt.diff.implicit.custom_root(optimality, argnums=1)
+    @torchopt.diff.implicit.custom_root(_cubic, argnums=1, **options)
     def solve(x, theta):
-        return _root(theta.detach())
+        return newton(_cubic, lambda x, t: 3 * x * x + 1, theta.detach())
 
-    assert_gradients_match(lambda theta: solve(torch.zeros(3, dtype=F64), theta), B, modes=("reverse",))
+    return lambda theta: solve(torch.zeros_like(theta), theta)
 
 
-def test_torchdeq():
+@pytest.mark.filterwarnings("ignore")
+def test_torchopt_is_right_but_for_second_derivatives_and_small_cotangents():
+    # Found by this kit in torchopt 0.7.3: its linear solves are differentiated through their iterations, which is right
+    # for the direct one only; and they stop at an absolute tolerance.
+    torchopt = pytest.importorskip("torchopt")
+    assert_gradients_match(_torchopt(), B, modes=("reverse",))
+    assert compare_gradients(_torchopt(), B, modes=("reverse",), order=2).verdict == "disagree"
+    direct = _torchopt(solve=torchopt.linear_solve.solve_inv())
+    assert_gradients_match(direct, B, modes=("reverse",), order=2)
+    singles = strategies.tensors((2,), dtype=torch.float32)
+    assert check_layer(direct, singles, modes=("reverse",), max_examples=3).examples == 3
+    with pytest.raises(GradientMismatch, match="cotangents of size"):
+        check_layer(_torchopt(), singles, modes=("reverse",), max_examples=3)
+
+
+def _torchdeq(**options):
     torchdeq = pytest.importorskip("torchdeq")
-    forward = {"f_solver": "fixed_point_iter", "f_max_iter": 200, "f_tol": 1e-14}
-    deq = torchdeq.get_deq(ift=True, b_max_iter=200, b_tol=1e-14, **forward)
-
-    def layer(theta):
-        return deq(lambda z: 0.5 * z.tanh() + theta, torch.zeros(1, 3, dtype=F64))[0][-1]
-
-    assert_gradients_match(layer, B[None], modes=("reverse",))
+    deq = torchdeq.get_deq(f_solver="fixed_point_iter", f_max_iter=200, f_tol=1e-14, **options)
+    return lambda theta: deq(lambda z: 0.5 * z.tanh() + theta, torch.zeros_like(theta))[0][-1]
 
 
-def test_cvxpylayers():
+@pytest.mark.filterwarnings("ignore")
+def test_torchdeq_is_right_to_first_order_by_implicit_differentiation():
+    # Found by this kit in torchdeq 0.1.0: a second derivative by implicit differentiation is zero.
+    report = compare_gradients(_torchdeq(ift=True, b_tol=1e-14), B[None], modes=("reverse",), order=2)
+    assert [c.verdict for c in report.comparisons] == ["agree", "disagree"]
+    assert report.worst.found == 0
+    # Without it the last step alone is differentiated, which is an approximation and meant as one.
+    assert compare_gradients(_torchdeq(), B[None], modes=("reverse",)).verdict == "disagree"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cvxpylayers_is_right_to_first_order():
+    # Skipped in continuous integration: its solvers are some 240 MB.
     cvxpy = pytest.importorskip("cvxpy")
     layers = pytest.importorskip("cvxpylayers.torch")
     x, theta = cvxpy.Variable(3), cvxpy.Parameter(3)
-    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(x - theta) + cvxpy.sum_squares(x)))
-    layer = layers.CvxpyLayer(problem, parameters=[theta], variables=[x])
-    # The default solver stops at 1e-4 or so; whether its differences can be believed is for the kit to say.
-    assert compare_gradients(lambda t: layer(t)[0], B, modes=("reverse",), tol=1e-3).verdict != "disagree"
+
+    def layer(objective, **options):
+        made = layers.CvxpyLayer(cvxpy.Problem(cvxpy.Minimize(objective)), parameters=[theta], variables=[x])
+        return lambda t: made(t, solver_args=options)[0]
+
+    distance = layer(cvxpy.sum_squares(x - theta) + cvxpy.sum_squares(x), eps=1e-12)
+    assert_gradients_match(distance, B, modes=("reverse",))
+    # Found by this kit in cvxpylayers 1.2.0: a second derivative is zero. The solver leaves the values good to 1e-4.
+    logarithm = layer(cvxpy.sum(cvxpy.exp(x)) - theta @ x)
+    report = compare_gradients(logarithm, B.abs(), modes=("reverse",), order=2, reference=torch.log, tol=1e-3)
+    assert [c.verdict for c in report.comparisons] == ["agree", "disagree"]
+    assert report.worst.found == 0

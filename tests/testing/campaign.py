@@ -1,0 +1,99 @@
+"""Many examples on many right layers, in pieces: what is done stands in a file, and a later run goes on from there."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.testing.library_layers import Check
+
+FIRST, MOST = 2, 250
+"""Examples of a layer's first batch, and of its largest: each repeats the simplest ones, so they grow."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Some examples of one layer: a line of the file.
+
+    Attributes:
+        layer: its name.
+        examples: how many there were.
+        inconclusive: how many of them said nothing.
+        seconds: of processor time that they took.
+        exhausted: whether there are no others.
+        alarm: what was wrongly found, empty if nothing.
+    """
+
+    layer: str
+    examples: int = 0
+    inconclusive: int = 0
+    seconds: float = 0.0
+    exhausted: bool = False
+    alarm: str = ""
+
+    def __add__(self, other: Count) -> Count:
+        """Both together."""
+        return Count(
+            self.layer, self.examples + other.examples, self.inconclusive + other.inconclusive,
+            self.seconds + other.seconds, self.exhausted or other.exhausted, self.alarm or other.alarm,
+        )  # fmt: skip
+
+
+def counts(results: Path) -> dict[str, Count]:
+    """What the file has, by layer. A last line that an interruption left incomplete is ignored."""
+    found: dict[str, Count] = {}
+    for line in results.read_text(encoding="utf-8").splitlines() if results.exists() else []:
+        if line.endswith("}"):
+            count = Count(**json.loads(line))
+            found[count.layer] = found.get(count.layer, Count(count.layer)) + count
+    return found
+
+
+def look(layer: str, check: Check, examples: int) -> Count:
+    """One batch."""
+    begin = time.process_time()
+    try:
+        agreed, silent = check(examples)
+    except Exception as error:  # Also an error that is none of the kit's is an alarm: these layers are right.
+        notes = "\n".join(getattr(error, "__notes__", []))
+        alarm = f"{type(error).__name__}: {error}\n{notes}"
+        return Count(layer, seconds=time.process_time() - begin, alarm=alarm)
+    # Hypothesis draws fewer than it is asked for where it has tried all there are.
+    seen = agreed + silent
+    return Count(layer, seen, silent, time.process_time() - begin, exhausted=seen < examples)
+
+
+def go_on(layers: Mapping[str, Check], results: Path, examples: int, seconds: float) -> Iterator[Count]:
+    """Give examples to the layer that has fewest, until all have enough or the time is over."""
+    end, order = time.monotonic() + seconds, random.Random(0)
+    done = {name: Count(name) for name in layers} | counts(results)
+    while time.monotonic() < end:
+        waiting = [name for name in layers if not (done[name].exhausted or done[name].alarm)]
+        # Of equals any one, so that an early end has looked into every corner.
+        name = min(waiting, key=lambda name: (done[name].examples, order.random()), default=None)
+        if name is None or done[name].examples >= examples:
+            return
+        batch = min(max(FIRST, done[name].examples), MOST, examples - done[name].examples)
+        count = look(name, layers[name], batch)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(count)) + "\n")
+        done[name] += count
+        yield count
+
+
+def table(groups: Mapping[str, Mapping[str, Check]], results: Path) -> Iterator[str]:
+    """Rows of Markdown, one for each group of layers, and their sum."""
+    found = counts(results)
+    yield "| layers | how many | examples of each | examples | inconclusive | false alarms |\n|---|---|---|---|---|---|"
+    everything = {"all": [name for names in groups.values() for name in names]}
+    for group, names in [*groups.items(), *everything.items()]:
+        rows = [found.get(name, Count(name)) for name in names]
+        each = [row.examples for row in rows if not row.exhausted] or [0]
+        span = f"{min(each):,}" if min(each) == max(each) else f"{min(each):,} to {max(each):,}"
+        total, silent = sum(row.examples for row in rows), sum(row.inconclusive for row in rows)
+        alarms = sum(bool(row.alarm) for row in rows)
+        yield f"| {group} | {len(rows)} | {span} | {total:,} | {silent:,} | {alarms} |"
