@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "full_precision", "graph_leaves", "is_wrapped",
-    "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward",
+    "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward", "recorded",
 ]  # fmt: skip
 
 
@@ -29,6 +29,15 @@ def is_wrapped(t: Tensor) -> bool:
 
 def _dual(t: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
+def recorded(t: Tensor) -> bool:
+    """Whether what is computed from `t` now may be differentiated from outside: not inside a Function's forward.
+
+    Dual numbers are carried along under `torch.no_grad` as well.
+    """
+    duals = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    return torch.is_grad_enabled() or duals or is_wrapped(t)
 
 
 def carries_derivative(t: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitlayers.adjoints import Adjoint, Unrolled
 from implicitlayers.closure import bound_now
 from implicitlayers.flat import Structure, Tree, flatten_tensors
-from implicitlayers.functorch import all_lanes, carries_derivative, full_precision, graph_leaves, is_wrapped
+from implicitlayers.functorch import all_lanes, carries_derivative, full_precision, graph_leaves, recorded
 from implicitlayers.policy import apply_policy
 from implicitlayers.pose import Summand, UserFunction
 from implicitlayers.problem import Kind, Posed
@@ -126,8 +126,7 @@ class Call:
 
 def _check_start(start: Tensor, inputs: list[Tensor]) -> None:
     """Diagnose a derivative that is asked for with respect to the start alone: it is zero, and never meant."""
-    recording = torch.is_grad_enabled() or is_wrapped(start)
-    if not recording or not carries_derivative(start):
+    if not recorded(start) or not carries_derivative(start):
         return
     alone = not any(carries_derivative(t) for t in inputs)
     if alone or not graph_leaves([start]) <= graph_leaves(inputs):

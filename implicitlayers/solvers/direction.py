@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from implicitlayers.functorch import carries_derivative, is_wrapped
+from implicitlayers.functorch import carries_derivative, recorded
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.solve import LinearSolver
@@ -53,7 +53,7 @@ def newton_direction(problem: Bound, at: Point, linear_solver: LinearSolver, dam
     """
     minimizing = problem.kind is not Kind.ROOT
     tensors = (at.x, at.F, *problem.tensors)
-    if not (torch.is_grad_enabled() or is_wrapped(at.x)) or not any(carries_derivative(t) for t in tensors):
+    if not recorded(at.x) or not any(carries_derivative(t) for t in tensors):
         transpose = None if minimizing else lambda y: problem.linearize(at.x, damping, transposed=True)(y)
         operator = Operator(problem.linearize(at.x, damping), minimizing, minimizing, transpose)
         return linear_solver.solve(operator, -at.F).x

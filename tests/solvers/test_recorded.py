@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import hessian, jacfwd, jacrev, vmap
 
 import implicitlayers as il
@@ -33,6 +34,16 @@ def test_a_step_where_nothing_is_left_has_the_derivative_of_the_solution(solver,
     layer(leaf, solver, adjoint).sum().backward()
     assert_near(leaf.grad, expected.sum(0))
     assert_near(vmap(jacrev(lambda t: layer(t, solver, adjoint)))(theta.expand(3, 2)), expected.expand(3, 2, 2))
+
+
+@pytest.mark.parametrize("solver", [NEWTONS["dense"], NEWTONS["cg"]], ids=["dense", "cg"])
+@pytest.mark.parametrize("recorded", [True, False], ids=["grad", "no_grad"])
+def test_dual_numbers_where_nothing_is_left(solver, recorded):
+    direction = torch.tensor([1.0, -2.0], dtype=F64)
+    with torch.set_grad_enabled(recorded), forward_ad.dual_level():
+        x = layer(forward_ad.make_dual(EXACT[2], direction), solver, il.OneStep())
+        tangent = forward_ad.unpack_dual(x).tangent
+    assert_near(tangent, torch.linalg.solve(A, direction))
 
 
 @pytest.mark.parametrize("solver", [NEWTONS["dense"], NEWTONS["cg"]], ids=["dense", "cg"])
