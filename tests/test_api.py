@@ -285,4 +285,5 @@ def test_nothing_is_recorded_where_no_derivative_is_asked_for():
 
 def test_inference_mode_solves_too():
     with torch.inference_mode():
-        assert_near(il.argmin(coupled, ZERO, THETA).value, newton(coupled, ZERO, THETA), 1e-7)
+        value = il.argmin(coupled, ZERO, THETA).value
+    assert_near(value, newton(coupled, ZERO, THETA), 1e-7)
