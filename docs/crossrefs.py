@@ -23,8 +23,13 @@ class Crossrefs(griffe.Extension):
         if obj.docstring is None:
             return
 
+        # An argument may be called like something else, and the testing kit's names mean nothing outside of it.
+        own = {obj.name, *(parameter.name for parameter in getattr(obj, "parameters", ()))}
+        inside = obj.path.startswith("implicitlayers.testing.")
+
         def link(found: re.Match[str]) -> str:
-            name = found[1]
-            return f"[{found[0]}][{self._places[name]}]" if name in self._places and name != obj.name else found[0]
+            place = self._places.get(found[1])
+            known = place is not None and found[1] not in own and (inside or ".testing." not in place)
+            return f"[{found[0]}][{place}]" if known else found[0]
 
         obj.docstring.value = NAME.sub(link, obj.docstring.value)
