@@ -222,8 +222,8 @@ def fixed_point(
     Examples:
         >>> theta = torch.zeros((), dtype=torch.float64, requires_grad=True)
         >>> x = fixed_point(lambda x, t: x.cos() + t, torch.tensor(1.0, dtype=torch.float64), theta).value
-        >>> round(torch.autograd.grad(x, theta)[0].item(), 10)
-        0.5975100457
+        >>> round(torch.autograd.grad(x, theta)[0].item(), 8)
+        0.59751005
     """
     solver = Anderson() if solver is None else solver
     adjoint = _with_tolerance(adjoint, gradient_tol)
