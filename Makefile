@@ -9,16 +9,18 @@ ifdef SKIP_INSTALL
 # The interpreter as it is, with whatever it has installed: for machines without a network.
 BIN := $(PYTHON)
 READY :=
+READY_FOR_DOCS :=
 else
 BIN := $(VENV)/bin/python
 READY := $(VENV)/.installed
+READY_FOR_DOCS := $(VENV)/.installed-docs
 endif
 
 # Two torch processes with two threads each on two cores wait for each other most of the time: one thread a worker.
 PARALLEL := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint format clean
+.PHONY: help demo install test lint docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
@@ -42,6 +44,9 @@ lint: $(READY)  ## check style, format and types
 	$(BIN) -m ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN) -m pyright --pythonpath "$$($(BIN) -c 'import sys; print(sys.executable)')"
 
+docs: $(READY_FOR_DOCS)  ## build the documents into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build --strict
+
 format: $(READY)  ## rewrite the files in the agreed format
 	$(BIN) -m ruff check --fix .
 	$(BIN) -m ruff format .
@@ -60,4 +65,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@

@@ -67,7 +67,7 @@ def argmin(
         MisuseError: the call cannot mean what it says.
         SolveError: some lanes failed and ``on_failure="raise"``.
 
-    Example:
+    Examples:
         >>> A = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
         >>> b = torch.ones(2, dtype=torch.float64, requires_grad=True)
         >>> x = argmin(lambda x, b: x @ A @ x / 2 - b @ x, torch.zeros(2, dtype=torch.float64), b).value
@@ -126,7 +126,7 @@ def least_squares(
         MisuseError: the call cannot mean what it says.
         SolveError: some lanes failed and ``on_failure="raise"``.
 
-    Example:
+    Examples:
         >>> t = torch.linspace(0, 1, 9, dtype=torch.float64)
         >>> y = (2 * torch.exp(-3 * t)).requires_grad_()
         >>> x = least_squares(lambda x, y: x[0] * torch.exp(-x[1] * t) - y, torch.ones(2, dtype=torch.float64), y).value
@@ -151,8 +151,10 @@ def root(
 ) -> Solution:
     """Solve a system of equations, and differentiate the solution.
 
-    F(x*(θ), θ) = 0, as many equations as unknowns. dx*/dθ = -A⁻¹ ∂F/∂θ with A = ∂F/∂x, of which nothing is known: the
-    backward solves with Aᵀ by a linear solver for general systems.
+    F(x*(θ), θ) = 0,  as many equations as unknowns
+
+    The derivative is dx*/dθ = -A⁻¹ ∂F/∂θ with A = ∂F/∂x, of which nothing is known: the backward solves with Aᵀ by a
+    linear solver for general systems.
 
     Args:
         residual: ``(x, *params) -> F``, a tree like x; otherwise as the objective of `argmin`.
@@ -171,7 +173,7 @@ def root(
         MisuseError: the call cannot mean what it says.
         SolveError: some lanes failed and ``on_failure="raise"``.
 
-    Example:
+    Examples:
         >>> theta = torch.ones((), dtype=torch.float64, requires_grad=True)
         >>> x = root(lambda x, t: t * x**3 - x - 2, torch.tensor(1.5, dtype=torch.float64), theta).value
         >>> round(torch.autograd.grad(x, theta)[0].item(), 10)
@@ -195,8 +197,10 @@ def fixed_point(
 ) -> Solution:
     """Find a fixed point, and differentiate it.
 
-    x*(θ) = g(x*(θ), θ). With F = x - g(x, θ) it is a root, A = I - ∂g/∂x, and dx*/dθ = A⁻¹ ∂g/∂θ; a deep equilibrium
-    model is such a layer (Bai, Kolter & Koltun 2019).
+    x = g(x, θ)
+
+    With F = x - g(x, θ) the solution is a root, A = I - ∂g/∂x, and dx/dθ = A⁻¹ ∂g/∂θ; a deep equilibrium model
+    is such a layer (Bai, Kolter & Koltun 2019).
 
     Args:
         mapping: ``(x, *params) -> g``, a tree like x; otherwise as the objective of `argmin`.
@@ -214,6 +218,12 @@ def fixed_point(
     Raises:
         MisuseError: the call cannot mean what it says.
         SolveError: some lanes failed and ``on_failure="raise"``.
+
+    Examples:
+        >>> theta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        >>> x = fixed_point(lambda x, t: x.cos() + t, torch.tensor(1.0, dtype=torch.float64), theta).value
+        >>> round(torch.autograd.grad(x, theta)[0].item(), 8)
+        0.59751005
     """
     solver = Anderson() if solver is None else solver
     adjoint = _with_tolerance(adjoint, gradient_tol)

@@ -63,7 +63,7 @@ def linear_solve(
         MisuseError: the call cannot mean what it says, or the operator is not linear.
         SolveError: some lanes failed and ``on_failure="raise"``.
 
-    Example:
+    Examples:
         >>> A = torch.tensor([[3.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
         >>> b = torch.ones(2, dtype=torch.float64, requires_grad=True)
         >>> x = linear_solve(lambda x: A @ x, b, solver=GMRES()).value

@@ -141,7 +141,8 @@ class ArgminLayer(_Minimizing):
     and autocast (the solve itself stays in the dtype of x0); copies and pickles where the objective does.
 
     Args:
-        objective: as for `argmin`; an ``nn.Module``, or a `Composite` of modules, contributes its parameters.
+        function: the objective, as for `argmin`; an ``nn.Module``, or a `Composite` of modules, contributes its
+            parameters.
         x0: where to start; a tree of tensors, which become buffers that are not saved, or a function ``(*params) ->
             tree``, for starts whose size depends on the input.
         regularizer: added to the objective; or a function ``(*params) -> Regularizer``: a module that owns learnable
@@ -157,7 +158,7 @@ class ArgminLayer(_Minimizing):
     Raises:
         MisuseError: the arguments cannot mean what they say.
 
-    Example:
+    Examples:
         >>> layer = ArgminLayer(lambda x, b: (x - b).square().sum(), torch.zeros(3))
         >>> torch.nn.Sequential(torch.nn.Linear(2, 3), layer)(torch.ones(2)).shape
         torch.Size([3])
@@ -171,7 +172,7 @@ class ArgminLayer(_Minimizing):
 class LeastSquaresLayer(_Minimizing):
     """`least_squares` as a module: ``layer(*params)`` is argmin_x ½‖residuals(x, *params)‖² + regularizer(x).
 
-    Args and attributes are those of `ArgminLayer`, with `residuals` in the place of the objective.
+    Args and attributes are those of `ArgminLayer`; the function is that of the residuals.
     """
 
     @property
@@ -182,7 +183,7 @@ class LeastSquaresLayer(_Minimizing):
 class RootLayer(_Layer):
     """`root` as a module: ``layer(*params)`` solves residual(x, *params) = 0.
 
-    Args and attributes are those of `ArgminLayer` without regularizer, with `residual` in the place of the objective.
+    Args and attributes are those of `ArgminLayer` without regularizer; the function is the residual.
     """
 
     @property
@@ -193,7 +194,7 @@ class RootLayer(_Layer):
 class FixedPointLayer(_Layer):
     """`fixed_point` as a module: ``layer(*params)`` solves x = mapping(x, *params), a deep equilibrium layer.
 
-    Args and attributes are those of `ArgminLayer` without regularizer, with `mapping` in the place of the objective.
+    Args and attributes are those of `ArgminLayer` without regularizer; the function is the mapping.
     """
 
     @property

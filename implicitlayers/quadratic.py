@@ -99,7 +99,7 @@ def quadratic_program(
         MisuseError: the call cannot mean what it says.
         SolveError: some lanes failed and ``on_failure="raise"``.
 
-    Example:
+    Examples:
         >>> Q = torch.tensor([[4.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
         >>> one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         >>> value = quadratic_program(Q, one, one[None], one[:1], -torch.eye(2, dtype=torch.float64), zero).value

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicitlayers as il
@@ -141,6 +142,19 @@ def test_unrolled_last_steps_only(options, last):
     start = THETA.clone().requires_grad_()
     x = il.argmin(coupled, start, BATCH[0], solver=fixed(steps), adjoint=il.Unrolled(last=last)).value
     assert not x.requires_grad
+
+
+@pytest.mark.parametrize("adjoint", [il.Unrolled(), il.Unrolled(last=3), il.OneStep(3)], ids=repr)
+def test_forward_mode_is_not_called_off_by_no_grad(adjoint):
+    layer = lambda t: il.argmin(coupled, ZERO, t, solver=fixed(40), adjoint=adjoint).value  # noqa: E731
+    tangent = normal(N, seed=3)
+    with torch.no_grad():
+        ours = torch.func.jvp(layer, (THETA,), (tangent,))[1]
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(THETA, tangent))).tangent
+    expected = jacrev(layer)(THETA) @ tangent
+    assert_near(ours, expected)
+    assert_near(dual, expected)
 
 
 def test_unrolled_reaches_captured_tensors_and_regularizers():

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
 import implicitlayers as il
@@ -129,6 +130,12 @@ def test_parameter_that_enters_through_the_start_alone():
 def test_start_alone_under_transforms(transform):
     with misuse("x0 carries a derivative"):
         transform(lambda theta: il.argmin(lambda x: square(x - 1), theta).value.sum())(torch.ones(2, dtype=F64))
+
+
+def test_start_alone_in_forward_mode_without_grad():
+    with torch.no_grad(), forward_ad.dual_level(), misuse("x0 carries a derivative"):
+        start = forward_ad.make_dual(torch.ones(2, dtype=F64), torch.ones(2, dtype=F64))
+        il.argmin(lambda x: square(x - 1), start)
 
 
 def test_start_alone_is_meant_when_it_is_detached_or_unrolled_or_the_anchor():

@@ -59,7 +59,7 @@ class Prox(Regularizer):
     Raises:
         MisuseError: what `prox` returns is not a tree like ``x0``, or what `value` returns no scalar.
 
-    Example:
+    Examples:
         >>> prox = Prox(lambda y, step: y / (1 + step), lambda x: x.square().sum() / 2)  # another Ridge(1.0)
     """
 

@@ -106,7 +106,7 @@ def check_layer(
         InconclusiveGradients: most inputs said nothing.
         TypeError: `inputs` is no strategy.
 
-    Example:
+    Examples:
         >>> from implicitlayers.testing import strategies
         >>> check_layer(torch.linalg.inv, strategies.matrices(), max_examples=5)
         Checked(examples=5, inconclusive=0)

@@ -60,7 +60,7 @@ def finite_difference(
     Raises:
         TypeError: x or f(x) holds no floating tensor, or `direction` is no tree like x.
 
-    Example:
+    Examples:
         >>> slope, error = finite_difference(torch.sin, torch.tensor(1.0).double(), torch.tensor(1.0).double())
         >>> bool((slope - math.cos(1.0)).abs() <= error) and bool(error < 1e-10)
         True

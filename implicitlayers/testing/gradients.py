@@ -62,7 +62,7 @@ def assert_gradients_match(
         InconclusiveGradients: none disagrees, but some could not be told from wrong ones. Also an AssertionError.
         TypeError: there is nothing to differentiate, or with respect to nothing.
 
-    Example:
+    Examples:
         >>> report = assert_gradients_match(torch.linalg.inv, torch.tensor([[2.0, 1.0], [0.0, 3.0]]).double())
         >>> report.verdict
         'agree'

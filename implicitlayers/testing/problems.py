@@ -37,7 +37,7 @@ class ClosedForm:
         second: ``(*params) -> [n, *p, *p]``, d²x/dp².
         smooth: whether `function` is differentiable in x; where it is not, a proximal method is needed.
 
-    Example:
+    Examples:
         >>> problem = CLOSED_FORMS["cubic root"]
         >>> round(float(problem.first(*problem.params)), 10)
         -0.5924469933

@@ -74,7 +74,7 @@ def check_solver(
         GradientMismatch: with the smallest problem on which the solver fails.
         TypeError: `solver` is no solver.
 
-    Example:
+    Examples:
         >>> check_solver(il.Newton(il.Dense(), rtol=1e-12), max_examples=5)
         Checked(examples=5, inconclusive=0)
     """
@@ -155,7 +155,7 @@ def check_linear_solver(
         GradientMismatch: with the smallest system on which the solver fails.
         TypeError: `solver` is no linear solver.
 
-    Example:
+    Examples:
         >>> check_linear_solver(il.CG(rtol=1e-12), max_examples=5)
         Checked(examples=5, inconclusive=0)
     """
@@ -276,7 +276,7 @@ def check_adjoint(
         InconclusiveGradients: most problems said nothing.
         TypeError: `adjoint` is no adjoint.
 
-    Example:
+    Examples:
         >>> check_adjoint(il.Implicit(il.Dense()), order=1, max_examples=3)
         Checked(examples=3, inconclusive=0)
     """

@@ -89,7 +89,7 @@ def strongly_convex_problems(
         max_size: most unknowns.
         condition: largest condition number of the quadratic part.
 
-    Example:
+    Examples:
         >>> problem = strongly_convex_problems().example()
         >>> answer = problem.solution(*problem.params)
         >>> slope = torch.func.grad(problem.function)(answer, *problem.params)
@@ -160,7 +160,7 @@ def contractions(
         max_size: most unknowns.
         rate: Lipschitz constant of the mapping, below 1.
 
-    Example:
+    Examples:
         >>> problem = contractions().example()
         >>> x = problem.solution(*problem.params)
         >>> torch.allclose(x, problem.function(x, *problem.params))
@@ -236,7 +236,7 @@ def layers(
         device: of the default problems.
         max_size: of the default problems.
 
-    Example:
+    Examples:
         >>> example = layers().example()
         >>> torch.allclose(example.layer(*example.inputs), example.solution(*example.inputs))
         True

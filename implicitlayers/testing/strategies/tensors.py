@@ -63,7 +63,7 @@ def tensors(
         max_size: largest dimension where the shape is drawn.
         elements: strategy for the numbers; eighths between -3 and 3 by default.
 
-    Example:
+    Examples:
         >>> tensors((2,)).example().shape
         torch.Size([2])
     """
@@ -95,7 +95,7 @@ def trees(
         max_size: largest dimension of the default leaves.
         max_leaves: about how many there are at most.
 
-    Example:
+    Examples:
         >>> leaves = torch.utils._pytree.tree_leaves(trees().example())
         >>> all(isinstance(leaf, torch.Tensor) for leaf in leaves)
         True
@@ -140,7 +140,7 @@ def spd_matrices(
         device: of the matrix.
         max_size: largest size where `n` is None.
 
-    Example:
+    Examples:
         >>> A = spd_matrices(3, condition=100.0).example()
         >>> bool(torch.linalg.cond(A) < 100.01)
         True
@@ -177,7 +177,7 @@ def matrices(
         device: of the matrix.
         max_size: largest size where `n` is None.
 
-    Example:
+    Examples:
         >>> bool(torch.linalg.matrix_rank(matrices(3).example()) == 3)
         True
     """
