@@ -8,10 +8,18 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import accuracy, adjoint, memory, meta_step
+from benchmarks import accuracy, adjoint, lanes, large, memory, meta_step, overhead
 from benchmarks.report import publish
 
-BENCHMARKS = {"meta_step": meta_step.run, "memory": memory.run, "adjoint": adjoint.run, "accuracy": accuracy.run}
+BENCHMARKS = {
+    "meta_step": meta_step.run,
+    "memory": memory.run,
+    "overhead": overhead.run,
+    "lanes": lanes.run,
+    "large": large.run,
+    "adjoint": adjoint.run,
+    "accuracy": accuracy.run,
+}
 
 
 def main(

@@ -72,7 +72,15 @@ def median_seconds(candidates: Mapping[str, Callable[[], Any]], device: str, rep
         device: is waited for before the clock is read.
         repeats: timed runs of each.
     """
+    return {name: statistics.median(seconds) for name, seconds in _in_turns(candidates, device, repeats).items()}
 
+
+def fastest_seconds(candidates: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
+    """The same with the fastest run: whatever else the machine does can only add to it."""
+    return {name: min(seconds) for name, seconds in _in_turns(candidates, device, repeats).items()}
+
+
+def _in_turns(candidates: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, list[float]]:
     def wait() -> None:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -86,4 +94,4 @@ def median_seconds(candidates: Mapping[str, Callable[[], Any]], device: str, rep
             wait()
             if round_:
                 taken[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return taken

@@ -89,7 +89,7 @@ class Adam(Solver[_State]):
         return state.x, norm(state.F), state.objective
 
     def resume(self, problem: Bound, state: _State) -> _State:
-        return self.init(problem, state.x)._replace(mean=state.mean, square=state.square, count=state.moves)
+        return self.init(problem, state.x)._replace(mean=state.mean, square=state.square, moves=state.moves)
 
     def _move(self, state: _State, F: Tensor) -> _State:
         first, second = self.betas

@@ -19,9 +19,12 @@ __all__ = ["LBFGS"]
 
 
 class _Pair(NamedTuple):
+    """s = Δx, y = ΔF, ρ = 1/sᵀy (0 where the pair is of no use) and the scaling γ = sᵀy/yᵀy."""
+
     s: Tensor
     y: Tensor
     rho: Tensor
+    gamma: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,22 +102,22 @@ class LBFGS(Solver[_State]):
 def _pair(s: Tensor, y: Tensor) -> _Pair:
     sy, ss, yy = dot(s, y), dot(s, s), dot(y, y)
     good = sy > torch.finfo(s.dtype).eps * (ss * yy).sqrt()
-    return _Pair(s, y, torch.where(good, 1 / torch.where(good, sy, torch.ones_like(sy)), torch.zeros_like(sy)))
+    one = torch.ones_like(sy)
+    rho = torch.where(good, 1 / torch.where(good, sy, one), torch.zeros_like(sy))
+    return _Pair(s, y, rho, torch.where(good, sy / torch.where(good, yy, one), one))
 
 
 def _two_loop(pairs: tuple[_Pair, ...], F: Tensor) -> Tensor:
     q, alphas = F, []
-    for s, y, rho in reversed(pairs):
+    for s, y, rho, _ in reversed(pairs):
         alpha = (rho * dot(s, q)).unsqueeze(-1)
-        q = q - alpha * y
+        q = torch.addcmul(q, alpha, y, value=-1)
         alphas.append(alpha)
     gamma = torch.ones_like(F[..., 0])
-    for _, y, rho in pairs:
-        # The scaling sᵀy/yᵀy of the newest usable pair of each lane.
-        usable = rho > 0
-        curve = torch.where(usable, rho * dot(y, y), torch.ones_like(rho))
-        gamma = torch.where(usable, 1 / curve, gamma)
+    for pair in pairs:
+        # That of the newest usable pair of each lane.
+        gamma = torch.where(pair.rho > 0, pair.gamma, gamma)
     q = gamma.unsqueeze(-1) * q
-    for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
-        q = q + s * (alpha - (rho * dot(y, q)).unsqueeze(-1))
+    for (s, y, rho, _), alpha in zip(pairs, reversed(alphas), strict=True):
+        q = torch.addcmul(q, s, alpha - (rho * dot(y, q)).unsqueeze(-1))
     return q

@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
     def trial(self, problem: Bound, t: Tensor) -> Point:
         """The point at step size ``t [*lanes]``."""
-        x = self.at.x + t.unsqueeze(-1) * self.direction
+        x = torch.addcmul(self.at.x, t.unsqueeze(-1), self.direction)
         return Point(x, *problem.value_and_residual(x))
 
     def slope_at(self, problem: Bound, point: Point) -> Tensor:

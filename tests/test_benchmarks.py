@@ -1,0 +1,107 @@
+"""Every benchmark that can be made small runs at toy size and says what it found; speeds are nobody's test."""
+
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import __main__ as command
+from benchmarks import accuracy, adjoint, lanes, large, meta_step, overhead
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """Run the command as a shell would, and return what it wrote."""
+    app = typer.Typer()
+    app.command()(command.main)
+
+    def run(name):
+        threads = torch.get_num_threads()
+        result = CliRunner().invoke(app, [name, "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        assert torch.get_num_threads() == threads
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    return run
+
+
+def test_overhead(measure, monkeypatch):
+    for name, value in {"SIZES": (10, 200), "LARGE": 200, "BATCH": 4, "STEPS": 2, "PRODUCTS": 3, "MANY": 6}.items():
+        monkeypatch.setattr(overhead, name, value)
+    found = measure("overhead")
+    assert [row["n"] for row in found["rows"]] == [8, 200]
+    assert all(row["forward ratio"] > 0 and row["backward ratio"] > 0 for row in found["rows"])
+
+
+def test_the_loop_by_hand_is_what_argmin_does(monkeypatch):
+    monkeypatch.setattr(overhead, "BATCH", 4)
+    given = overhead._given(50, "cpu")
+    ours, by_hand = overhead._forward(given, 5), overhead._loop(given, 5)
+    for mine, theirs in zip(ours.values(), by_hand, strict=True):
+        # Float32, five steps.
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_lanes(measure, monkeypatch):
+    monkeypatch.setattr(lanes, "LANES", (1, 3))
+    found = measure("lanes")
+    assert [row["lanes"] for row in found["rows"]] == [1, 3]
+    assert all(row["largest ‖∇f‖"] <= lanes.TOLERANCE for row in found["rows"])
+    assert "leaves every bit" in found["verdict"]
+
+
+def test_lanes_are_the_loop():
+    problems = lanes._given(3, "cpu")
+    torch.testing.assert_close(lanes.solve(problems), lanes._loop(problems), rtol=0, atol=1e-7)
+
+
+def test_large(measure, monkeypatch):
+    for name, value in {"RIDGE_ROWS": 30, "RIDGE_FEATURES": 12, "ROWS": 8, "FEATURES": 6, "CLASSES": 5}.items():
+        monkeypatch.setattr(large, name, value)
+    ridge, multinomial = measure("large")["rows"]
+    assert (ridge["unknowns"], multinomial["unknowns"]) == (12, 30)
+    assert ridge["‖∇f‖"] <= 1e-6
+    assert min(ridge["products"], multinomial["products"]) > 10
+
+
+def test_the_ridge_is_its_closed_form(monkeypatch):
+    monkeypatch.setattr(large, "RIDGE_ROWS", 30)
+    monkeypatch.setattr(large, "RIDGE_FEATURES", 12)
+    generator = torch.Generator().manual_seed(0)
+    X, w, ll, noise = (
+        torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((30, 12), (12,), (12,), (30,))
+    )
+
+    def outer(ll):
+        return (torch.linalg.solve(X.T @ X / 30 + ll.exp().diag(), X.T @ (X @ w + noise) / 30) - w).square().sum() / 2
+
+    found = large.ridge("cpu")()
+    torch.testing.assert_close(found.hypergradient, torch.func.grad(outer)(ll), rtol=1e-5, atol=1e-7)
+
+
+def test_adjoint(measure, monkeypatch):
+    for name, value in {"N": 40, "CONDITIONS": (1e1, 1e2), "RANK": 8, "MEMORY": 5}.items():
+        monkeypatch.setattr(adjoint, name, value)
+    assert {row["spectrum"] for row in measure("adjoint")["rows"]} == {"spread", "outliers", "scaled"}
+
+
+def test_accuracy(measure, monkeypatch):
+    for name, value in {"PROBLEMS": 8, "SWEPT": 2, "LARGEST": 10}.items():
+        monkeypatch.setattr(accuracy, name, value)
+    assert measure("accuracy")["rows"][4]["problems"] == 8
+
+
+def test_meta_step(measure, monkeypatch):
+    for name, value in {"TASKS": 2, "WAYS": 2, "INNER_STEPS": 1, "CG_STEPS": 2}.items():
+        monkeypatch.setattr(meta_step, name, value)
+    assert {row["way"] for row in measure("meta_step")["rows"]} >= {"task by task", "batched"}
+
+
+def test_an_unknown_name_is_refused():
+    app = typer.Typer()
+    app.command()(command.main)
+    result = CliRunner().invoke(app, ["speed"])
+    assert result.exit_code != 0
+    assert "no benchmark" in result.output
