@@ -214,8 +214,8 @@ def table(plan: Race, results: Sequence[Result]) -> str:
     budget = min((result.curve.seconds[-1] for result in whole), default=math.nan)
     measured_on = results[0].curve.measured_on
     lines = [
-        f"{_title(plan.base, results)}; {plan.base.tasks} tasks a meta-step, threads: {plan.base.threads or 'as PyTorch chooses'}, "
-        f"{plan.test_tasks} test tasks.",
+        f"{_title(plan.base, results)}; {plan.base.tasks} tasks a meta-step, {plan.test_tasks} test tasks, "
+        f"threads: {plan.base.threads or 'as PyTorch chooses'}.",
         "",
         f"| meta-gradient | meta-steps | seconds | test accuracy, % | on {measured_on} after {budget:.0f} s, % |",
         "|---|---|---|---|---|",
