@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.fewshot import Learner
-from applications.imaml.train import CONFIG, CURVE, METRICS, Limits, RunError, train
+from applications.imaml.processes import joined
+from applications.imaml.run_folder import CONFIG, CURVE, METRICS, RunError
+from applications.imaml.train import Limits, train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -84,22 +87,29 @@ def train_command(
     validation_tasks: Annotated[int, _option("validation_tasks")] = Config.validation_tasks,
     time_limit: Annotated[float | None, typer.Option(help="seconds after which to stop cleanly and save")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write the metrics as TensorBoard events as well")
+    ] = False,
 ) -> None:
-    """Meta-train a network; every run leaves its settings, metrics, curves and a checkpoint in one folder."""
-    with _explained():
+    """Meta-train a network; every run leaves its settings, metrics, curves and a checkpoint in one folder.
+
+    By `torchrun --nproc-per-node=N -m applications.imaml train ...` several processes share the tasks of a meta-step.
+    """
+    with _explained(), joined() as processes:
         given: dict[str, Any] = {entry.name: context.params[entry.name] for entry in fields(Config)}
         if resume:
-            config = _resumed(Config.load(out / CONFIG), given, context)
+            config = processes.from_first(lambda: _resumed(Config.load(out / CONFIG), given, context))
         else:
             given["queries"] = shots if queries is None else queries
             config = Config(**given)
         if time_limit is not None and not time_limit > 0:
             raise ConfigError(f"time_limit={time_limit} cannot be; pass a number of seconds above 0.")
         if download:
-            _fetch(config)
-        done = train(config, out, Limits(time_limit, quiet), resume=resume)
+            processes.from_first(lambda: _fetch(config))
+        done = train(config, out, Limits(time_limit, quiet, tensorboard), resume=resume, processes=processes)
         state = "trained" if done >= config.meta_steps else "stopped (continue with --resume)"
-        typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
+        if processes.is_first:
+            typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
 
 
 @app.command("evaluate")
@@ -196,7 +206,8 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (ConfigError, RunError, CheckpointError, OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
+        rank = os.environ.get("RANK")
+        typer.echo(f"error: {error}" if rank is None else f"error in process {rank}: {error}", err=True)
         sys.exit(1)
 
 

@@ -19,6 +19,7 @@ from applications.imaml.config import BatchNorm, Config, ConfigError
 from applications.imaml.device import use
 from applications.imaml.episodes import SplitName, Tasks, TaskSampler, generator_for, load_splits
 from applications.imaml.networks import Parameters
+from applications.imaml.processes import Processes
 
 REPORT = "evaluation.json"
 # 95 % of a normal distribution lies within so many standard deviations of its mean.
@@ -32,7 +33,9 @@ class Accuracies(NamedTuple):
     after: Tensor
 
 
-def accuracies(theta: Parameters, sampler: TaskSampler, config: Config, tasks: int) -> Accuracies:
+def accuracies(
+    theta: Parameters, sampler: TaskSampler, config: Config, tasks: int, processes: Processes = Processes()
+) -> Accuracies:
     """Measure the accuracy on each of a number of tasks.
 
     Args:
@@ -40,9 +43,10 @@ def accuracies(theta: Parameters, sampler: TaskSampler, config: Config, tasks: i
         sampler: draws the tasks.
         config: of the run; its inner solver, its batch normalisation, and how many tasks to solve at once.
         tasks: how many.
+        processes: those that share the tasks.
 
     Returns:
-        One accuracy a task, on the CPU.
+        One accuracy a task, on the CPU, of all tasks in every process.
     """
 
     def judge(task: Tasks) -> tuple[Tensor, Tensor]:
@@ -50,12 +54,17 @@ def accuracies(theta: Parameters, sampler: TaskSampler, config: Config, tasks: i
         before, after = (query_logits(values, task, config.batch_norm) for values in (theta, phi))
         return accuracy(before, task.query_labels), accuracy(after, task.query_labels)
 
-    batches: list[tuple[Tensor, Tensor]] = []
+    # Zero is what the other processes' tasks add.
+    found = torch.zeros(2, tasks)
     with torch.no_grad():
         for first in range(0, tasks, config.tasks):
             drawn = sampler.sample(min(config.tasks, tasks - first))
-            batches.append(torch.vmap(judge)(drawn))
-    before, after = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+            share = processes.share(len(drawn.query_labels))
+            if share.start < share.stop:
+                judged = torch.vmap(judge)(Tasks(*(part[share] for part in drawn)))
+                found[:, first + share.start : first + share.stop] = torch.stack(judged).cpu()
+    processes.add_up(found)
+    before, after = found
     return Accuracies(before, after)
 
 

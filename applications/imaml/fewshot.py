@@ -14,7 +14,7 @@ from applications.imaml.device import use
 from applications.imaml.episodes import Tasks
 from applications.imaml.evaluate import load_network
 from applications.imaml.networks import Parameters
-from applications.imaml.train import CONFIG
+from applications.imaml.run_folder import CONFIG
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from applications.imaml import checkpoint, episodes, train
 from applications.imaml.config import Config
 from applications.imaml.evaluate import load_network
 from applications.imaml.network import batch_statistics, forward
-from applications.imaml.train import Limits, RunError
+from applications.imaml.run_folder import RunError
+from applications.imaml.train import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = Config(
