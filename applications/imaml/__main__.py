@@ -17,7 +17,7 @@ from applications.datasets.download import download as fetch
 from applications.datasets.omniglot import MINIMAL
 from applications.imaml.answer_sheet import draw_answers
 from applications.imaml.answers import SHEET, TABLE, answer
-from applications.imaml.checkpoint import CheckpointError
+from applications.imaml.checkpoint import CheckpointError, CheckpointName
 from applications.imaml.config import (
     AlgorithmName,
     BatchNorm,
@@ -45,6 +45,11 @@ MUTABLE = ("root", "device", "threads", "meta_steps", "checkpoint_every")
 
 def _option(name: str) -> Any:
     return typer.Option(f"--{name.replace('_', '-')}", help=help_of(name))
+
+
+_CHECKPOINT = typer.Option(
+    "--checkpoint", help="network of the last meta-step, or that of the best accuracy on validation classes"
+)
 
 
 @app.command("train")
@@ -121,19 +126,32 @@ def evaluate_command(
         BatchNorm | None, typer.Option(help=f"{help_of('batch_norm')}; as in training by default")
     ] = Protocol.batch_norm,
     seed: Annotated[int, typer.Option(help="chooses the tasks")] = Protocol.seed,
+    queries: Annotated[
+        int | None, typer.Option(help=f"{help_of('queries')}; as in training by default")
+    ] = Protocol.queries,
+    inner_steps: Annotated[
+        int | None, typer.Option(help="steps of the inner solver; as in training by default")
+    ] = Protocol.inner_steps,
+    checkpoint: Annotated[CheckpointName, _CHECKPOINT] = Protocol.checkpoint,
+    report: Annotated[
+        Path | None, typer.Option(help=f"JSON to write, and a CSV beside it; {REPORT} of the run by default")
+    ] = None,
     root: Annotated[str | None, typer.Option(help=f"{help_of('root')}, if it has moved")] = None,
     device: Annotated[str, _option("device")] = Config.device,
     threads: Annotated[int, _option("threads")] = Config.threads,
 ) -> None:
     """Measure the accuracy of a run on unseen classes: mean and 95 % interval over tasks."""
     with _explained():
-        protocol = Protocol(tasks, split, batch_norm, seed)
+        protocol = Protocol(
+            tasks, split, batch_norm, seed, queries=queries, inner_steps=inner_steps, checkpoint=checkpoint
+        )
         saved = Config.load(run / CONFIG)
         config = replace(saved, root=root or saved.root, device=device, threads=threads)
         evaluation = evaluate(config, run, protocol)
-        evaluation.save(run / REPORT)
+        path = run / REPORT if report is None else report
+        evaluation.save(path)
         typer.echo(str(evaluation))
-        typer.echo(str(run / REPORT))
+        typer.echo(f"{path}, {path.with_suffix('.csv')}")
 
 
 @app.command("adapt")
@@ -148,12 +166,15 @@ def adapt_command(
     batch_norm: Annotated[
         BatchNorm | None, typer.Option(help=f"{help_of('batch_norm')}; as in training by default")
     ] = None,
+    checkpoint: Annotated[CheckpointName, _CHECKPOINT] = Protocol.checkpoint,
     device: Annotated[str, _option("device")] = Config.device,
 ) -> None:
     """Learn classes of your own from a few images of each, and classify others: a table and a picture."""
     with _explained():
         folder = out or run
-        learner = Learner.load(run, device=device, inner_steps=inner_steps, batch_norm=batch_norm)
+        learner = Learner.load(
+            run, device=device, inner_steps=inner_steps, batch_norm=batch_norm, checkpoint=checkpoint
+        )
         answers = answer(learner, support, query)
         folder.mkdir(parents=True, exist_ok=True)
         answers.save(folder / TABLE)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,14 +14,14 @@ import torch
 from torch import Tensor
 
 from applications.datasets import ClassImages
-from applications.imaml import checkpoint
 from applications.imaml.algorithms import accuracy, adapt, query_logits
-from applications.imaml.checkpoint import write_atomically
+from applications.imaml.checkpoint import CheckpointName, write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
 from applications.imaml.device import use
 from applications.imaml.episodes import SplitName, Tasks, TaskSampler, generator_for, load_splits
 from applications.imaml.networks import Parameters
 from applications.imaml.processes import Processes
+from applications.imaml.trained import Network, load_network
 
 REPORT = "evaluation.json"
 # 95 % of a normal distribution lies within so many standard deviations of its mean.
@@ -77,6 +79,10 @@ class Protocol:
         split: whose classes they are drawn from.
         batch_norm: whose statistics normalise the query images; None as in training.
         seed: chooses the tasks.
+        queries: query images of a class; None as in training. 1, as many as support images, and 15 are usual, and with
+            transductive batch normalisation more of them make a task easier.
+        inner_steps: steps of the inner solver; None as in training.
+        checkpoint: which network of the run.
 
     Raises:
         ConfigError: if there are fewer than two tasks, which have no spread, or the seed is negative.
@@ -86,6 +92,9 @@ class Protocol:
     split: SplitName = "test"
     batch_norm: BatchNorm | None = None
     seed: int = 0
+    queries: int | None = None
+    inner_steps: int | None = None
+    checkpoint: CheckpointName = "last"
 
     def __post_init__(self) -> None:
         if self.tasks < 2:
@@ -93,17 +102,36 @@ class Protocol:
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} cannot be; pass an integer of at least 0.")
 
+    def applied(self, config: Config) -> Config:
+        """What a network is measured with.
+
+        Args:
+            config: of the run.
+
+        Returns:
+            Its settings, with those of this protocol.
+
+        Raises:
+            ConfigError: if a setting cannot be.
+        """
+        return replace(
+            config,
+            batch_norm=self.batch_norm or config.batch_norm,
+            queries=config.queries if self.queries is None else self.queries,
+            inner_steps=config.inner_steps if self.inner_steps is None else self.inner_steps,
+        )
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """A measured accuracy, and what it depends on.
 
     Args:
-        config: of the run, with the batch normalisation of the evaluation.
+        config: of the run, with what the protocol has otherwise.
         protocol: how it was measured.
         source: what the images are.
         classes: number of classes of the split.
-        meta_step: meta-steps that the run had done.
+        meta_step: meta-steps that led to the network.
         measured: one accuracy a task.
     """
 
@@ -132,6 +160,7 @@ class Evaluation:
             "inner_steps": config.inner_steps,
             "inner_lr": config.inner_lr,
             "lam": config.lam,
+            "checkpoint": self.protocol.checkpoint,
             "meta_step": self.meta_step,
             "training_seed": config.seed,
             "split_seed": config.split_seed,
@@ -147,29 +176,30 @@ class Evaluation:
         step = f" of lr {row['inner_lr']:g}" if row["inner"] == "gradient" else ""
         return (
             f"{row['source']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
-            f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps, seed {row['training_seed']} | "
+            f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps ({row['checkpoint']} checkpoint), "
+            f"seed {row['training_seed']} | "
             f"{row['inner_steps']} {row['inner']} steps{step}, lam {row['lam']:g} | batch norm {row['batch_norm']} | "
             f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
             f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
         )
 
     def save(self, path: Path) -> None:
-        """Write the row, the settings of the run and the accuracy of every task as JSON.
+        """Write the row and the settings as JSON, and beside it the accuracy of every task as CSV.
 
         Args:
-            path: file to write.
+            path: JSON to write; the CSV is called alike.
         """
-        content = {
-            "row": self.row(),
-            "config": asdict(self.config),
-            "accuracies_before": self.measured.before.tolist(),
-            "accuracies_after": self.measured.after.tolist(),
-        }
+        text = StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["task", "before", "after"])
+        table.writerows(zip(range(self.protocol.tasks), *(part.tolist() for part in self.measured), strict=True))
+        write_atomically(path.with_suffix(".csv"), text.getvalue().encode())
+        content = {"row": self.row(), "config": asdict(self.config)}
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
-    """Measure the accuracy of a run's last checkpoint.
+    """Measure the accuracy of a run.
 
     Args:
         config: of the run; where and how fast to compute may differ.
@@ -186,7 +216,7 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
         ValueError: if it is damaged, or too small for these tasks.
     """
     device = use(config)
-    network = load_network(folder, device)
+    network = load_network(folder, device, protocol.checkpoint)
     splits = load_splits(config, device)
     if protocol.split not in splits:
         raise ConfigError(
@@ -194,36 +224,6 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
             f"one of {', '.join(splits)}."
         )
     return measure(config, network, splits[protocol.split], protocol)
-
-
-class Network(NamedTuple):
-    """A trained network: its meta-parameters, the meta-steps that led to them, and the images that it takes."""
-
-    theta: Parameters
-    meta_step: int
-    channels: int
-    side: int
-
-
-def load_network(folder: Path, device: torch.device) -> Network:
-    """Read the network of a run's last checkpoint.
-
-    Args:
-        folder: of the run.
-        device: where it is wanted.
-
-    Returns:
-        The network.
-
-    Raises:
-        CheckpointError: if there is no checkpoint to read.
-    """
-    tensors, numbers = checkpoint.load(folder)
-    prefix = "theta."
-    theta = {name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
-    # Runs that don't say were made when all images were characters.
-    channels, side = numbers.get("image", (1, 28))
-    return Network(theta, numbers["meta_step"], channels, side)
 
 
 def measure(config: Config, network: Network, dataset: ClassImages, protocol: Protocol) -> Evaluation:
@@ -241,7 +241,7 @@ def measure(config: Config, network: Network, dataset: ClassImages, protocol: Pr
     Raises:
         ValueError: if the dataset is too small for these tasks.
     """
-    config = replace(config, batch_norm=protocol.batch_norm or config.batch_norm)
+    config = protocol.applied(config)
     measured = accuracies(network.theta, sampler_for(config, dataset, protocol), config, protocol.tasks)
     return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured)
 
