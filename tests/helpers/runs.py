@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from applications.imaml import __main__ as command
 from applications.imaml import checkpoint, episodes
 from applications.imaml.config import Config
 from applications.imaml.episodes import Tasks, TaskSampler
+from applications.imaml.processes import joined
 
 SMALL = Config(
     tasks=4, meta_steps=12, inner_steps=5, cg_steps=1, meta_lr=5e-3, log_every=4, validate_every=12,
@@ -73,7 +75,10 @@ COMMAND = ("-m", "tests.helpers.runs")
 
 
 def spawn(*arguments, launcher=(), **environment):
-    """The command line on images that show nothing, in a process of its own; with DOUBLE=1 in double precision."""
+    """The command line on images that show nothing, in a process of its own.
+
+    DOUBLE=1 computes in double precision; PATIENCE is how many seconds to wait for another process.
+    """
     return subprocess.Popen(
         [sys.executable, *launcher, *COMMAND, *(str(argument) for argument in arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
@@ -92,6 +97,8 @@ def wait_for_step(folder, step, process):
 
 def main():
     episodes.load, episodes.SPLIT_SIZES = few_classes, SIZES
+    if patience := os.environ.get("PATIENCE"):
+        command.joined = lambda: joined(timedelta(seconds=float(patience)))
     with double_precision() if os.environ.get("DOUBLE") else nullcontext():
         command.app()
 
