@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from implicitlayers.checkpoint import iterate_in_stretches, run_in_stretches
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.auto import Auto
 from implicitlayers.linear.solve import LinearSolver
 from implicitlayers.linearized import AdjointRule, WarmStart
 from implicitlayers.loop import Finished, iterate, run, unlooked
 from implicitlayers.optimality import Optimality, finish_forward, solve_forward
-from implicitlayers.problem import Kind, Outcome, Posed
+from implicitlayers.problem import Bound, Kind, Outcome, Posed
 from implicitlayers.solver import Solver
 from implicitlayers.status import AdjointReport, MisuseError, Policy, check_policy
 from implicitlayers.terms import ObjectiveTerm
@@ -125,13 +126,18 @@ class Unrolled(Adjoint):
     """Differentiate through the solver's steps, all or the last few.
 
     Choose it for a derivative of the path itself (MAML), as an oracle, or where the solution is far from stationary.
-    Memory grows with the recorded steps. ``x0`` gets a gradient unless the recording is truncated.
+    Memory grows with the recorded steps T, with `checkpoint` only as √T, for the time of taking the steps twice. ``x0``
+    gets a gradient unless the recording is truncated.
 
     Args:
         last: record only this many steps at the end; None for all.
+        checkpoint: keep the states between stretches of about √T steps, and take the steps of a stretch again when it
+            is differentiated. The derivatives are the same to rounding, of every order and under every transform;
+            second derivatives need the memory of all steps again.
     """
 
     last: int | None = None
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.last is not None and self.last < 1:
@@ -146,7 +152,7 @@ class Unrolled(Adjoint):
         bound = posed.bind(tensors)
         if self.last is None:
             # A solver that has nothing to do returns its start, which belongs to the caller.
-            return solve_forward(solver, bound, x0.clone())
+            return self._all(solver, bound, x0.clone())
         if solver.looks:
             raise MisuseError(
                 f"Unrolled(last={self.last}) with a solver that stops at a tolerance: which steps will be the last is "
@@ -156,8 +162,19 @@ class Unrolled(Adjoint):
         recorded = min(self.last, solver.max_steps)
         frozen = posed.bind([t.detach() for t in tensors])
         state = run(solver, frozen, solver.init(frozen, x0.detach()), solver.max_steps - recorded)
-        state = run(solver, bound, solver.resume(bound, state), recorded)
+        state = self._record(solver, bound, solver.resume(bound, state), recorded)
         return finish_forward(solver, bound, unlooked(solver, bound, state, solver.max_steps))
+
+    def _all(self, solver: Solver[Any], bound: Bound, x0: Tensor) -> Outcome:
+        if not solver.looks:
+            state = self._record(solver, bound, solver.init(bound, x0), solver.max_steps)
+            return finish_forward(solver, bound, unlooked(solver, bound, state, solver.max_steps))
+        if self.checkpoint:
+            return finish_forward(solver, bound, iterate_in_stretches(solver, bound, x0))
+        return solve_forward(solver, bound, x0)
+
+    def _record(self, solver: Solver[Any], bound: Bound, state: Any, steps: int) -> Any:
+        return (run_in_stretches if self.checkpoint else run)(solver, bound, state, steps)
 
 
 @dataclass(frozen=True)

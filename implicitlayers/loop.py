@@ -21,13 +21,16 @@ from implicitlayers.status import RUNNING, MisuseError, Status
 __all__ = [
     "Algorithm",
     "Finished",
+    "begin",
     "check_tolerances",
     "dot",
     "freeze",
+    "go_on",
     "iterate",
     "norm",
     "not_finite",
     "per_lane",
+    "repeat",
     "run",
     "unlooked",
 ]
@@ -104,9 +107,21 @@ def iterate(algorithm: Algorithm[P, S], problem: P, x: Tensor, max_steps: int, *
     state = algorithm.init(problem, x)
     if not look:
         return unlooked(algorithm, problem, run(algorithm, problem, state, max_steps), max_steps)
+    end = go_on(algorithm, problem, begin(algorithm, problem, state), max_steps)
+    running = end.status == RUNNING
+    return end._replace(status=torch.where(running, torch.full_like(end.status, Status.MAX_STEPS), end.status))
+
+
+def begin(algorithm: Algorithm[P, S], problem: P, state: S) -> Finished:
+    """Before the first step of a run that looks: lanes that have nothing to do are done."""
     status = algorithm.terminate(problem, state)
-    steps = torch.zeros_like(status)
-    for _ in range(max_steps):
+    return Finished(state, status, torch.zeros_like(status))
+
+
+def go_on(algorithm: Algorithm[P, S], problem: P, at: Finished, steps: int) -> Finished:
+    """Take up to this many steps more on the lanes that are still RUNNING, and look after each."""
+    state, status, taken = at
+    for _ in range(steps):
         running = status == RUNNING
         # Lanes of surrounding vmaps are looked at together; what each of them does stays its own, by the mask.
         everywhere = all_lanes(running)
@@ -115,10 +130,18 @@ def iterate(algorithm: Algorithm[P, S], problem: P, x: Tensor, max_steps: int, *
             break
         new = algorithm.step(problem, state)
         state = new if left == everywhere.numel() else freeze(running, new, state)
-        steps = steps + running
+        taken = taken + running
         status = torch.where(running, algorithm.terminate(problem, state), status)
-    status = torch.where(status == RUNNING, torch.full_like(status, Status.MAX_STEPS), status)
-    return Finished(state, status, steps)
+    return Finished(state, status, taken)
+
+
+def repeat(algorithm: Algorithm[P, S], problem: P, state: S, taken: Tensor) -> S:
+    """Take the steps of an earlier run again, ``taken [*lanes]`` in each lane, whatever would be decided now."""
+    everywhere = all_lanes(taken)
+    for done in range(int(everywhere.max())):
+        new = algorithm.step(problem, state)
+        state = new if int(everywhere.min()) > done else freeze(taken > done, new, state)
+    return state
 
 
 def check_tolerances(owner: Any, least_steps: int = 1) -> None:

@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from implicitlayers.functorch import batched
 
@@ -26,6 +27,7 @@ __all__ = [
     "Condition",
     "Kind",
     "Lanes",
+    "Linearization",
     "Nonsmooth",
     "Outcome",
     "Posed",
@@ -272,27 +274,61 @@ class Bound:
         """The same problem, its curvature products those of Gauss and Newton where a term declares them."""
         return replace(self, posed=replace(self.posed, terms=tuple(t.with_gauss_newton() for t in self.posed.terms)))
 
-    def linearize(self, x: Tensor, damping: float = 0.0, *, transposed: bool = False) -> Callable[[Tensor], Tensor]:
-        """Return y ↦ A y with A = ∂F/∂x + damping·I at x, or its transpose, of the smooth part.
+    def linearize(self, x: Tensor, damping: float = 0.0, *, transposed: bool = False) -> Linearization:
+        """Return y ↦ A y with A = ∂F/∂x + damping·I at x, or its transpose, of the smooth part."""
+        return Linearization(self, x, damping, transposed)
 
-        What does not depend on y is computed once.
-        """
-        products, diagonal = [], x.new_tensor(damping)
-        for term in self.posed.terms:
-            params, lanes = select(self.tensors, self.lanes, term.slots)
+
+class Linearization:
+    """The product y ↦ A y on all lanes, or A itself; A = ∂F/∂x + damping·I at x, or its transpose, of the smooth part.
+
+    What does not depend on y is computed once.
+
+    Args:
+        bound: the problem.
+        x: ``[*lanes, n]``.
+        damping: added to the diagonal.
+        transposed: whether A is the transpose.
+    """
+
+    def __init__(self, bound: Bound, x: Tensor, damping: float, transposed: bool) -> None:
+        self._bound, self._x, self._transposed = bound, x, transposed
+        self._terms: list[tuple[Term, Sequence[Tensor], Lanes]] = []
+        self._products: list[Callable[[Tensor], Tensor]] = []
+        self._diagonal, self._plus_diagonal = x.new_tensor(damping), bool(damping)
+        for term in bound.posed.terms:
+            params, lanes = select(bound.tensors, bound.lanes, term.slots)
             own = term.diagonal(x, params, lanes)
             if own is None:
-                products.append(term.linearize(x, params, lanes, transposed=transposed))
+                self._terms.append((term, params, lanes))
+                self._products.append(term.linearize(x, params, lanes, transposed=transposed))
             else:
-                diagonal = diagonal + own
+                self._diagonal, self._plus_diagonal = self._diagonal + own, True
 
-        def apply(y: Tensor) -> Tensor:
-            if not products:
-                return diagonal * y
-            out = products[0](y)
-            for product in products[1:]:
-                out = out + product(y)
-            return torch.addcmul(out, diagonal, y) if plus_diagonal else out
+    def __call__(self, y: Tensor) -> Tensor:
+        """A y."""
+        if not self._products:
+            return self._diagonal * y
+        out = self._products[0](y)
+        for product in self._products[1:]:
+            out = out + product(y)
+        return torch.addcmul(out, self._diagonal, y) if self._plus_diagonal else out
 
-        plus_diagonal = bool(damping) or len(products) < len(self.posed.terms)
-        return apply
+    def dense_by_lane(self, like: Tensor) -> Tensor | None:
+        """A as ``[*lanes, n, n]`` for y like this; None where there are no lanes, or y has other lanes than x.
+
+        Each lane maps its products over the basis by itself: what it multiplies its vectors with then meets all of them
+        in one product of matrices. Mapped from outside, over all lanes at once, it would be copied for every vector.
+        """
+        if not self._bound.lanes or like.shape != self._x.shape:
+            return None
+        A = torch.diag_embed(self._diagonal.expand_as(self._x))
+        basis = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+        for term, params, lanes in self._terms:
+            product = term.transposed if self._transposed else term.product
+            A = A + batched(_over(basis, product), lanes)(self._x, *params).mT
+        return A
+
+
+def _over(basis: Tensor, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, *params: vmap(lambda e: product(e, x, *params))(basis)

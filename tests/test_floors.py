@@ -26,7 +26,7 @@ FLOORS = (
     {"kkt", "pose"},
     {"regularizers"},
     {"linear", "solver"},
-    {"implicit", "inexact"},
+    {"checkpoint", "implicit", "inexact"},
     {"linearized"},
     {"solvers"},
     {"optimality"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from applications.datasets import ClassImages
-from applications.imaml.algorithms import accuracy, adapt, query_logits
+from applications.imaml.algorithms import accuracy, adapt, learnt_strengths, query_logits
 from applications.imaml.checkpoint import CheckpointName, write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
 from applications.imaml.device import use
@@ -133,6 +134,7 @@ class Evaluation:
         classes: number of classes of the split.
         meta_step: meta-steps that led to the network.
         measured: one accuracy a task.
+        learnt_lam: the strengths by layer, where they were learnt.
     """
 
     config: Config
@@ -141,6 +143,7 @@ class Evaluation:
     classes: int
     meta_step: int
     measured: Accuracies
+    learnt_lam: Mapping[str, float]
 
     def row(self) -> dict[str, str | int | float]:
         """The accuracy in percent, its 95 % interval, and everything that they depend on."""
@@ -160,6 +163,7 @@ class Evaluation:
             "inner_steps": config.inner_steps,
             "inner_lr": config.inner_lr,
             "lam": config.lam,
+            "learn_lam": config.learn_lam,
             "checkpoint": self.protocol.checkpoint,
             "meta_step": self.meta_step,
             "training_seed": config.seed,
@@ -173,12 +177,14 @@ class Evaluation:
 
     def __str__(self) -> str:
         row = self.row()
-        step = f" of lr {row['inner_lr']:g}" if row["inner"] == "gradient" else ""
+        step = "" if row["inner"] in ("hessian-free", "lbfgs") else f" of lr {row['inner_lr']:g}"
+        learnt = self.learnt_lam.values()
+        lam = f"learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"{row['lam']:g}"
         return (
             f"{row['source']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
             f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps ({row['checkpoint']} checkpoint), "
             f"seed {row['training_seed']} | "
-            f"{row['inner_steps']} {row['inner']} steps{step}, lam {row['lam']:g} | batch norm {row['batch_norm']} | "
+            f"{row['inner_steps']} {row['inner']} steps{step}, lam {lam} | batch norm {row['batch_norm']} | "
             f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
             f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
         )
@@ -194,7 +200,7 @@ class Evaluation:
         table.writerow(["task", "before", "after"])
         table.writerows(zip(range(self.protocol.tasks), *(part.tolist() for part in self.measured), strict=True))
         write_atomically(path.with_suffix(".csv"), text.getvalue().encode())
-        content = {"row": self.row(), "config": asdict(self.config)}
+        content = {"row": self.row(), "learnt_lam": dict(self.learnt_lam), "config": asdict(self.config)}
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -243,7 +249,8 @@ def measure(config: Config, network: Network, dataset: ClassImages, protocol: Pr
     """
     config = protocol.applied(config)
     measured = accuracies(network.theta, sampler_for(config, dataset, protocol), config, protocol.tasks)
-    return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured)
+    learnt = learnt_strengths(network.theta)
+    return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured, learnt)
 
 
 def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> TaskSampler:

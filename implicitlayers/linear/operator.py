@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from implicitlayers.problem import Linearization
 from implicitlayers.status import MisuseError
 
 __all__ = ["Late", "Operator"]
@@ -74,6 +75,9 @@ class Operator:
 
     def dense(self, like: Tensor) -> Tensor:
         """The matrices ``[*lanes, n, n]``, from n products done at once; `like` is any ``[*lanes, n]``."""
+        A = self.apply.dense_by_lane(like) if isinstance(self.apply, Linearization) else None
+        if A is not None:
+            return A
         n = like.shape[-1]
         basis = torch.eye(n, dtype=like.dtype, device=like.device)
         # The lane is moved afterwards: out_dims=-1 returns garbage for a product that does not depend on e.
