@@ -138,6 +138,9 @@ def evaluate_command(
     inner_steps: Annotated[
         int | None, typer.Option(help="steps of the inner solver; as in training by default")
     ] = Protocol.inner_steps,
+    regularized: Annotated[
+        bool, typer.Option(help="learn tasks with the pull towards the meta-parameters, as in training")
+    ] = Protocol.regularized,
     checkpoint: Annotated[CheckpointName, _CHECKPOINT] = Protocol.checkpoint,
     report: Annotated[
         Path | None, typer.Option(help=f"JSON to write, and a CSV beside it; {REPORT} of the run by default")
@@ -149,7 +152,14 @@ def evaluate_command(
     """Measure the accuracy of a run on unseen classes: mean and 95 % interval over tasks."""
     with _explained():
         protocol = Protocol(
-            tasks, split, batch_norm, seed, queries=queries, inner_steps=inner_steps, checkpoint=checkpoint
+            tasks,
+            split,
+            batch_norm,
+            seed,
+            queries=queries,
+            inner_steps=inner_steps,
+            regularized=regularized,
+            checkpoint=checkpoint,
         )
         saved = Config.load(run / CONFIG)
         config = replace(saved, root=root or saved.root, device=device, threads=threads)

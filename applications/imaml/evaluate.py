@@ -83,6 +83,8 @@ class Protocol:
         queries: query images of a class; None as in training. 1, as many as support images, and 15 are usual, and with
             transductive batch normalisation more of them make a task easier.
         inner_steps: steps of the inner solver; None as in training.
+        regularized: whether tasks are learnt with the pull towards the meta-parameters, as in training, or by the plain
+            loss of the support images.
         checkpoint: which network of the run.
 
     Raises:
@@ -95,6 +97,7 @@ class Protocol:
     seed: int = 0
     queries: int | None = None
     inner_steps: int | None = None
+    regularized: bool = True
     checkpoint: CheckpointName = "last"
 
     def __post_init__(self) -> None:
@@ -145,6 +148,11 @@ class Evaluation:
     measured: Accuracies
     learnt_lam: Mapping[str, float]
 
+    @property
+    def regularized(self) -> bool:
+        """Whether tasks were learnt with a pull: the protocol may leave it out, and not every algorithm has one."""
+        return self.protocol.regularized and bool(self.config.lam)
+
     def row(self) -> dict[str, str | int | float]:
         """The accuracy in percent, its 95 % interval, and everything that they depend on."""
         config = self.config
@@ -162,7 +170,8 @@ class Evaluation:
             "inner": config.inner,
             "inner_steps": config.inner_steps,
             "inner_lr": config.inner_lr,
-            "lam": config.lam,
+            "regularized": self.regularized,
+            "lam": config.lam if self.regularized else 0.0,
             "learn_lam": config.learn_lam,
             "checkpoint": self.protocol.checkpoint,
             "meta_step": self.meta_step,
@@ -179,12 +188,13 @@ class Evaluation:
         row = self.row()
         step = "" if row["inner"] in ("hessian-free", "lbfgs") else f" of lr {row['inner_lr']:g}"
         learnt = self.learnt_lam.values()
-        lam = f"learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"{row['lam']:g}"
+        lam = f"lam learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"lam {row['lam']:g}"
+        pull = lam if self.regularized else "not regularized"
         return (
             f"{row['source']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
             f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps ({row['checkpoint']} checkpoint), "
             f"seed {row['training_seed']} | "
-            f"{row['inner_steps']} {row['inner']} steps{step}, lam {lam} | batch norm {row['batch_norm']} | "
+            f"{row['inner_steps']} {row['inner']} steps{step}, {pull} | batch norm {row['batch_norm']} | "
             f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
             f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
         )
@@ -248,9 +258,17 @@ def measure(config: Config, network: Network, dataset: ClassImages, protocol: Pr
         ValueError: if the dataset is too small for these tasks.
     """
     config = protocol.applied(config)
-    measured = accuracies(network.theta, sampler_for(config, dataset, protocol), config, protocol.tasks)
-    learnt = learnt_strengths(network.theta)
+    adapting = config if protocol.regularized else _unregularized(config)
+    measured = accuracies(network.theta, sampler_for(config, dataset, protocol), adapting, protocol.tasks)
+    learnt = learnt_strengths(network.theta) if protocol.regularized else {}
     return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured, learnt)
+
+
+def _unregularized(config: Config) -> Config:
+    # iMAML cannot be without the pull, for the sake of its meta-gradient. Nothing is differentiated here, and then its
+    # first-order form is the same.
+    algorithm = "fomaml" if config.algorithm == "imaml" else config.algorithm
+    return replace(config, algorithm=algorithm, lam=0.0, learn_lam="none", curvature="gauss-newton", damping=0.0)
 
 
 def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> TaskSampler:

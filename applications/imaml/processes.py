@@ -177,7 +177,8 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     Raises:
         RunError: if they cannot be reached.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    # Some clusters say how many there are, but not which one this is, in places where nothing was started together.
+    count = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if count == 1:
         yield Processes()
         return

@@ -68,11 +68,11 @@ def test_two_processes_go_on_from_one_and_one_from_two_as_if_there_were_no_diffe
     assert best == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_when_a_process_is_gone_the_other_ends_and_the_run_goes_on(tmp_path, how):
+@pytest.mark.parametrize(("how", "patience"), [("killed", 300), pytest.param("stopped", 20, marks=pytest.mark.slow)])
+def test_when_a_process_is_gone_the_other_ends_and_the_run_goes_on(tmp_path, how, patience):
     folder = tmp_path / "run"
-    options = ("--checkpoint-every", 1, "--meta-steps", 100000, "--quiet")
-    first, second = both("train", "--out", folder, *OPTIONS, *options, PATIENCE="5")
+    options = ("--checkpoint-every", 1, "--meta-steps", 100000, "--validate-every", 100000, "--quiet")
+    first, second = both("train", "--out", folder, *OPTIONS, *options, PATIENCE=str(patience))
     try:
         wait_for_step(folder, 2, first)
         second.send_signal({"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])

@@ -1,5 +1,6 @@
 """What a run leaves behind beyond the last network, and what it is told before it starts."""
 
+import csv
 import json
 import resource
 import sys
@@ -9,14 +10,17 @@ from itertools import cycle
 
 import pytest
 import torch
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from applications.imaml import __main__ as command
 from applications.imaml import checkpoint, episodes, run_folder, train
 from applications.imaml.checkpoint import CheckpointError
 from applications.imaml.classifier import FewShotClassifier
+from applications.imaml.episodes import Tasks
 from applications.imaml.evaluate import Protocol, accuracies, evaluate, sampler_for
 from applications.imaml.fewshot import Learner
+from applications.imaml.network import forward
 from applications.imaml.run_folder import RunError
 from applications.imaml.train import Limits
 from applications.imaml.trained import load_network
@@ -120,6 +124,45 @@ def test_queries_and_inner_steps_of_an_evaluation_are_its_own(validated, tmp_pat
     sampler = sampler_for(config, episodes.load_splits(config, CPU)["test"], protocol)
     expected = accuracies(load_network(folder, CPU).theta, sampler, config, 4).after
     assert own["accuracy"] == pytest.approx(100 * expected.double().mean().item())
+
+
+def learnt_by_the_plain_loss(theta, task, steps, lr):
+    phi = {name: value.requires_grad_() for name, value in theta.items() if not name.startswith("log_lam")}
+    for _ in range(steps):
+        loss = F.cross_entropy(forward(phi, task.support_images), task.support_labels)
+        gradients = torch.autograd.grad(loss, list(phi.values()), allow_unused=True, materialize_grads=True)
+        phi = {name: value - lr * part for (name, value), part in zip(phi.items(), gradients, strict=True)}
+    return phi
+
+
+@pytest.mark.parametrize("settings", [{}, {"learn_lam": "layer", "curvature": "hessian", "damping": 1.0}])
+def test_without_regularization_tasks_are_learnt_by_the_plain_loss(tmp_path, settings):
+    folder = tmp_path / "run"
+    config = replace(SHORT, lam=2.0, meta_steps=2, **settings)
+    train.train(config, folder, QUIET)
+    right = {}
+    for option in ("--regularized", "--no-regularized"):
+        result = run_command("evaluate", folder, "--tasks", "20", "--inner-steps", "4", option, "--device", "cpu")
+        assert result.exit_code == 0, result.stderr
+        with (folder / "evaluation.csv").open(newline="") as file:
+            right[option] = [float(line["after"]) for line in csv.DictReader(file)]
+    row = json.loads((folder / "evaluation.json").read_text())["row"]
+    assert (row["regularized"], row["lam"], row["algorithm"]) == (False, 0.0, "imaml")
+    assert "4 gradient steps of lr 0.4, not regularized" in result.stdout
+    theta, sampler = (
+        load_network(folder, CPU).theta,
+        sampler_for(config, episodes.load_splits(config, CPU)["test"], Protocol()),
+    )
+    expected = []
+    for _ in range(20 // config.tasks):
+        drawn = sampler.sample(config.tasks)
+        for place in range(config.tasks):
+            task = Tasks(*(part[place] for part in drawn))
+            phi = learnt_by_the_plain_loss(theta, task, 4, config.inner_lr)
+            answers = forward(phi, task.query_images).argmax(-1)
+            expected.append((answers == task.query_labels).double().mean().item())
+    assert right["--no-regularized"] == pytest.approx(expected)
+    assert right["--regularized"] != right["--no-regularized"]
 
 
 def test_there_is_no_best_network_without_a_validation(tmp_path):

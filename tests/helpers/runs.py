@@ -87,7 +87,7 @@ def spawn(*arguments, launcher=(), **environment):
 
 
 def wait_for_step(folder, step, process):
-    pointer, end = folder / "checkpoint.json", time.monotonic() + 60
+    pointer, end = folder / "checkpoint.json", time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         if pointer.exists() and json.loads(pointer.read_text())["numbers"]["meta_step"] >= step:
             return
