@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from applications.datasets.download import download as fetch
 from applications.datasets.omniglot import MINIMAL
 from applications.imaml.answer_sheet import draw_answers
 from applications.imaml.answers import SHEET, TABLE, answer
-from applications.imaml.checkpoint import CheckpointError
+from applications.imaml.checkpoint import CheckpointError, CheckpointName
 from applications.imaml.config import (
     AlgorithmName,
     BatchNorm,
@@ -33,9 +34,11 @@ from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.fewshot import Learner
+from applications.imaml.processes import joined
 from applications.imaml.race import PICTURE, VARIANTS, Race, race
 from applications.imaml.race import TABLE as RACE_TABLE
-from applications.imaml.train import CONFIG, CURVE, METRICS, Limits, RunError, train
+from applications.imaml.run_folder import CONFIG, CURVE, METRICS, RunError
+from applications.imaml.train import Limits, train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -45,6 +48,11 @@ MUTABLE = ("root", "device", "threads", "meta_steps", "checkpoint_every")
 
 def _option(name: str) -> Any:
     return typer.Option(f"--{name.replace('_', '-')}", help=help_of(name))
+
+
+_CHECKPOINT = typer.Option(
+    "--checkpoint", help="network of the last meta-step, or that of the best accuracy on validation classes"
+)
 
 
 @app.command("train")
@@ -91,12 +99,18 @@ def train_command(
     validation_tasks: Annotated[int, _option("validation_tasks")] = Config.validation_tasks,
     time_limit: Annotated[float | None, typer.Option(help="seconds after which to stop cleanly and save")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write the metrics as TensorBoard events as well")
+    ] = False,
 ) -> None:
-    """Meta-train a network; every run leaves its settings, metrics, curves and a checkpoint in one folder."""
-    with _explained():
+    """Meta-train a network; every run leaves its settings, metrics, curves and a checkpoint in one folder.
+
+    By `torchrun --nproc-per-node=N -m applications.imaml train ...` several processes share the tasks of a meta-step.
+    """
+    with _explained(), joined() as processes:
         given: dict[str, Any] = {entry.name: context.params[entry.name] for entry in fields(Config)}
         if resume:
-            config = _resumed(Config.load(out / CONFIG), given, context)
+            config = processes.from_first(lambda: _resumed(Config.load(out / CONFIG), given, context))
         else:
             given["queries"] = shots if queries is None else queries
             given["lam"] = usual_lam(algorithm) if lam is None else lam
@@ -104,10 +118,11 @@ def train_command(
         if time_limit is not None and not time_limit > 0:
             raise ConfigError(f"time_limit={time_limit} cannot be; pass a number of seconds above 0.")
         if download:
-            _fetch(config)
-        done = train(config, out, Limits(time_limit, quiet), resume=resume)
+            processes.from_first(lambda: _fetch(config))
+        done = train(config, out, Limits(time_limit, quiet, tensorboard), resume=resume, processes=processes)
         state = "trained" if done >= config.meta_steps else "stopped (continue with --resume)"
-        typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
+        if processes.is_first:
+            typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
 
 
 @app.command("evaluate")
@@ -119,19 +134,42 @@ def evaluate_command(
         BatchNorm | None, typer.Option(help=f"{help_of('batch_norm')}; as in training by default")
     ] = Protocol.batch_norm,
     seed: Annotated[int, typer.Option(help="chooses the tasks")] = Protocol.seed,
+    queries: Annotated[
+        int | None, typer.Option(help=f"{help_of('queries')}; as in training by default")
+    ] = Protocol.queries,
+    inner_steps: Annotated[
+        int | None, typer.Option(help="steps of the inner solver; as in training by default")
+    ] = Protocol.inner_steps,
+    regularized: Annotated[
+        bool, typer.Option(help="learn tasks with the pull towards the meta-parameters, as in training")
+    ] = Protocol.regularized,
+    checkpoint: Annotated[CheckpointName, _CHECKPOINT] = Protocol.checkpoint,
+    report: Annotated[
+        Path | None, typer.Option(help=f"JSON to write, and a CSV beside it; {REPORT} of the run by default")
+    ] = None,
     root: Annotated[str | None, typer.Option(help=f"{help_of('root')}, if it has moved")] = None,
     device: Annotated[str, _option("device")] = Config.device,
     threads: Annotated[int, _option("threads")] = Config.threads,
 ) -> None:
     """Measure the accuracy of a run on unseen classes: mean and 95 % interval over tasks."""
     with _explained():
-        protocol = Protocol(tasks, split, batch_norm, seed)
+        protocol = Protocol(
+            tasks,
+            split,
+            batch_norm,
+            seed,
+            queries=queries,
+            inner_steps=inner_steps,
+            regularized=regularized,
+            checkpoint=checkpoint,
+        )
         saved = Config.load(run / CONFIG)
         config = replace(saved, root=root or saved.root, device=device, threads=threads)
         evaluation = evaluate(config, run, protocol)
-        evaluation.save(run / REPORT)
+        path = run / REPORT if report is None else report
+        evaluation.save(path)
         typer.echo(str(evaluation))
-        typer.echo(str(run / REPORT))
+        typer.echo(f"{path}, {path.with_suffix('.csv')}")
 
 
 @app.command("adapt")
@@ -146,12 +184,15 @@ def adapt_command(
     batch_norm: Annotated[
         BatchNorm | None, typer.Option(help=f"{help_of('batch_norm')}; as in training by default")
     ] = None,
+    checkpoint: Annotated[CheckpointName, _CHECKPOINT] = Protocol.checkpoint,
     device: Annotated[str, _option("device")] = Config.device,
 ) -> None:
     """Learn classes of your own from a few images of each, and classify others: a table and a picture."""
     with _explained():
         folder = out or run
-        learner = Learner.load(run, device=device, inner_steps=inner_steps, batch_norm=batch_norm)
+        learner = Learner.load(
+            run, device=device, inner_steps=inner_steps, batch_norm=batch_norm, checkpoint=checkpoint
+        )
         answers = answer(learner, support, query)
         folder.mkdir(parents=True, exist_ok=True)
         answers.save(folder / TABLE)
@@ -238,7 +279,8 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (ConfigError, RunError, CheckpointError, OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
+        rank = os.environ.get("RANK")
+        typer.echo(f"error: {error}" if rank is None else f"error in process {rank}: {error}", err=True)
         sys.exit(1)
 
 

@@ -11,12 +11,15 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
+
+CheckpointName = Literal["last", "best"]
+"""Which network of a run: that of the last meta-step, or that of the best accuracy on validation classes."""
 
 SCHEMA = 1
 POINTER = "checkpoint.json"

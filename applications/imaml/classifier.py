@@ -15,6 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, column_or_1d
 from torch import Tensor
 
+from applications.imaml.checkpoint import CheckpointName
 from applications.imaml.config import BatchNorm, ConfigError
 from applications.imaml.fewshot import Learner
 
@@ -41,6 +42,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             together, and an answer depends on what else is asked. "support" normalises them by those of the support
             images, each on its own. None as in training.
         device: "auto" for an accelerator if there is one, "cpu", "cuda", ...
+        checkpoint: "last" for the network of the last meta-step, "best" for that of the highest accuracy on validation
+            classes.
 
     Attributes:
         classes_: the labels, sorted.
@@ -56,11 +59,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         inner_steps: int | None = None,
         batch_norm: BatchNorm | None = None,
         device: str = "auto",
+        checkpoint: CheckpointName = "last",
     ) -> None:
         self.run = run
         self.inner_steps = inner_steps
         self.batch_norm: BatchNorm | None = batch_norm
         self.device = device
+        self.checkpoint: CheckpointName = checkpoint
 
     @classmethod
     def load(cls, run: str | os.PathLike[str], **params: Any) -> FewShotClassifier:
@@ -152,7 +157,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if self.run is None:
             raise ConfigError("run=None has no network; pass the folder of a run, as FewShotClassifier.load(RUN) does.")
         return Learner.load(
-            Path(self.run), device=self.device, inner_steps=self.inner_steps, batch_norm=self.batch_norm
+            Path(self.run),
+            device=self.device,
+            inner_steps=self.inner_steps,
+            batch_norm=self.batch_norm,
+            checkpoint=self.checkpoint,
         )
 
 

@@ -12,10 +12,12 @@ from applications.imaml.algorithms import adapt, query_logits
 from applications.imaml.config import Config
 from applications.imaml.device import use
 from applications.imaml.episodes import Tasks, load_splits
-from applications.imaml.evaluate import REPORT, Protocol, load_network, mean_and_interval, measure, sampler_for
+from applications.imaml.evaluate import REPORT, Protocol, mean_and_interval, measure, sampler_for
 from applications.imaml.figures import draw_tasks
 from applications.imaml.networks import Parameters
-from applications.imaml.train import CURVE, Limits, train
+from applications.imaml.run_folder import CURVE
+from applications.imaml.train import Limits, train
+from applications.imaml.trained import load_network
 
 TASKS_PICTURE = "tasks.png"
 PICTURED = 6

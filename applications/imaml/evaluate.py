@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +15,14 @@ import torch
 from torch import Tensor
 
 from applications.datasets import ClassImages
-from applications.imaml import checkpoint
 from applications.imaml.algorithms import accuracy, adapt, learnt_strengths, query_logits
-from applications.imaml.checkpoint import write_atomically
+from applications.imaml.checkpoint import CheckpointName, write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
 from applications.imaml.device import use
 from applications.imaml.episodes import SplitName, Tasks, TaskSampler, generator_for, load_splits
 from applications.imaml.networks import Parameters
+from applications.imaml.processes import Processes
+from applications.imaml.trained import Network, load_network
 
 REPORT = "evaluation.json"
 # 95 % of a normal distribution lies within so many standard deviations of its mean.
@@ -33,7 +36,9 @@ class Accuracies(NamedTuple):
     after: Tensor
 
 
-def accuracies(theta: Parameters, sampler: TaskSampler, config: Config, tasks: int) -> Accuracies:
+def accuracies(
+    theta: Parameters, sampler: TaskSampler, config: Config, tasks: int, processes: Processes = Processes()
+) -> Accuracies:
     """Measure the accuracy on each of a number of tasks.
 
     Args:
@@ -41,9 +46,10 @@ def accuracies(theta: Parameters, sampler: TaskSampler, config: Config, tasks: i
         sampler: draws the tasks.
         config: of the run; its inner solver, its batch normalisation, and how many tasks to solve at once.
         tasks: how many.
+        processes: those that share the tasks.
 
     Returns:
-        One accuracy a task, on the CPU.
+        One accuracy a task, on the CPU, of all tasks in every process.
     """
 
     def judge(task: Tasks) -> tuple[Tensor, Tensor]:
@@ -51,12 +57,17 @@ def accuracies(theta: Parameters, sampler: TaskSampler, config: Config, tasks: i
         before, after = (query_logits(values, task, config.batch_norm) for values in (theta, phi))
         return accuracy(before, task.query_labels), accuracy(after, task.query_labels)
 
-    batches: list[tuple[Tensor, Tensor]] = []
+    # Zero is what the other processes' tasks add.
+    found = torch.zeros(2, tasks)
     with torch.no_grad():
         for first in range(0, tasks, config.tasks):
             drawn = sampler.sample(min(config.tasks, tasks - first))
-            batches.append(torch.vmap(judge)(drawn))
-    before, after = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+            share = processes.share(len(drawn.query_labels))
+            if share.start < share.stop:
+                judged = torch.vmap(judge)(Tasks(*(part[share] for part in drawn)))
+                found[:, first + share.start : first + share.stop] = torch.stack(judged).cpu()
+    processes.add_up(found)
+    before, after = found
     return Accuracies(before, after)
 
 
@@ -69,6 +80,12 @@ class Protocol:
         split: whose classes they are drawn from.
         batch_norm: whose statistics normalise the query images; None as in training.
         seed: chooses the tasks.
+        queries: query images of a class; None as in training. 1, as many as support images, and 15 are usual, and with
+            transductive batch normalisation more of them make a task easier.
+        inner_steps: steps of the inner solver; None as in training.
+        regularized: whether tasks are learnt with the pull towards the meta-parameters, as in training, or by the plain
+            loss of the support images.
+        checkpoint: which network of the run.
 
     Raises:
         ConfigError: if there are fewer than two tasks, which have no spread, or the seed is negative.
@@ -78,6 +95,10 @@ class Protocol:
     split: SplitName = "test"
     batch_norm: BatchNorm | None = None
     seed: int = 0
+    queries: int | None = None
+    inner_steps: int | None = None
+    regularized: bool = True
+    checkpoint: CheckpointName = "last"
 
     def __post_init__(self) -> None:
         if self.tasks < 2:
@@ -85,17 +106,36 @@ class Protocol:
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} cannot be; pass an integer of at least 0.")
 
+    def applied(self, config: Config) -> Config:
+        """What a network is measured with.
+
+        Args:
+            config: of the run.
+
+        Returns:
+            Its settings, with those of this protocol.
+
+        Raises:
+            ConfigError: if a setting cannot be.
+        """
+        return replace(
+            config,
+            batch_norm=self.batch_norm or config.batch_norm,
+            queries=config.queries if self.queries is None else self.queries,
+            inner_steps=config.inner_steps if self.inner_steps is None else self.inner_steps,
+        )
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """A measured accuracy, and what it depends on.
 
     Args:
-        config: of the run, with the batch normalisation of the evaluation.
+        config: of the run, with what the protocol has otherwise.
         protocol: how it was measured.
         source: what the images are.
         classes: number of classes of the split.
-        meta_step: meta-steps that the run had done.
+        meta_step: meta-steps that led to the network.
         measured: one accuracy a task.
         learnt_lam: the strengths by layer, where they were learnt.
     """
@@ -107,6 +147,11 @@ class Evaluation:
     meta_step: int
     measured: Accuracies
     learnt_lam: Mapping[str, float]
+
+    @property
+    def regularized(self) -> bool:
+        """Whether tasks were learnt with a pull: the protocol may leave it out, and not every algorithm has one."""
+        return self.protocol.regularized and bool(self.config.lam)
 
     def row(self) -> dict[str, str | int | float]:
         """The accuracy in percent, its 95 % interval, and everything that they depend on."""
@@ -125,8 +170,10 @@ class Evaluation:
             "inner": config.inner,
             "inner_steps": config.inner_steps,
             "inner_lr": config.inner_lr,
-            "lam": config.lam,
+            "regularized": self.regularized,
+            "lam": config.lam if self.regularized else 0.0,
             "learn_lam": config.learn_lam,
+            "checkpoint": self.protocol.checkpoint,
             "meta_step": self.meta_step,
             "training_seed": config.seed,
             "split_seed": config.split_seed,
@@ -141,33 +188,34 @@ class Evaluation:
         row = self.row()
         step = "" if row["inner"] in ("hessian-free", "lbfgs") else f" of lr {row['inner_lr']:g}"
         learnt = self.learnt_lam.values()
-        lam = f"learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"{row['lam']:g}"
+        lam = f"lam learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"lam {row['lam']:g}"
+        pull = lam if self.regularized else "not regularized"
         return (
             f"{row['source']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
-            f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps, seed {row['training_seed']} | "
-            f"{row['inner_steps']} {row['inner']} steps{step}, lam {lam} | batch norm {row['batch_norm']} | "
+            f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps ({row['checkpoint']} checkpoint), "
+            f"seed {row['training_seed']} | "
+            f"{row['inner_steps']} {row['inner']} steps{step}, {pull} | batch norm {row['batch_norm']} | "
             f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
             f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
         )
 
     def save(self, path: Path) -> None:
-        """Write the row, the settings of the run and the accuracy of every task as JSON.
+        """Write the row and the settings as JSON, and beside it the accuracy of every task as CSV.
 
         Args:
-            path: file to write.
+            path: JSON to write; the CSV is called alike.
         """
-        content = {
-            "row": self.row(),
-            "learnt_lam": dict(self.learnt_lam),
-            "config": asdict(self.config),
-            "accuracies_before": self.measured.before.tolist(),
-            "accuracies_after": self.measured.after.tolist(),
-        }
+        text = StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["task", "before", "after"])
+        table.writerows(zip(range(self.protocol.tasks), *(part.tolist() for part in self.measured), strict=True))
+        write_atomically(path.with_suffix(".csv"), text.getvalue().encode())
+        content = {"row": self.row(), "learnt_lam": dict(self.learnt_lam), "config": asdict(self.config)}
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
-    """Measure the accuracy of a run's last checkpoint.
+    """Measure the accuracy of a run.
 
     Args:
         config: of the run; where and how fast to compute may differ.
@@ -184,7 +232,7 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
         ValueError: if it is damaged, or too small for these tasks.
     """
     device = use(config)
-    network = load_network(folder, device)
+    network = load_network(folder, device, protocol.checkpoint)
     splits = load_splits(config, device)
     if protocol.split not in splits:
         raise ConfigError(
@@ -192,36 +240,6 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
             f"one of {', '.join(splits)}."
         )
     return measure(config, network, splits[protocol.split], protocol)
-
-
-class Network(NamedTuple):
-    """A trained network: its meta-parameters, the meta-steps that led to them, and the images that it takes."""
-
-    theta: Parameters
-    meta_step: int
-    channels: int
-    side: int
-
-
-def load_network(folder: Path, device: torch.device) -> Network:
-    """Read the network of a run's last checkpoint.
-
-    Args:
-        folder: of the run.
-        device: where it is wanted.
-
-    Returns:
-        The network.
-
-    Raises:
-        CheckpointError: if there is no checkpoint to read.
-    """
-    tensors, numbers = checkpoint.load(folder)
-    prefix = "theta."
-    theta = {name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
-    # Runs that don't say were made when all images were characters.
-    channels, side = numbers.get("image", (1, 28))
-    return Network(theta, numbers["meta_step"], channels, side)
 
 
 def measure(config: Config, network: Network, dataset: ClassImages, protocol: Protocol) -> Evaluation:
@@ -239,10 +257,18 @@ def measure(config: Config, network: Network, dataset: ClassImages, protocol: Pr
     Raises:
         ValueError: if the dataset is too small for these tasks.
     """
-    config = replace(config, batch_norm=protocol.batch_norm or config.batch_norm)
-    measured = accuracies(network.theta, sampler_for(config, dataset, protocol), config, protocol.tasks)
-    learnt = learnt_strengths(network.theta)
+    config = protocol.applied(config)
+    adapting = config if protocol.regularized else _unregularized(config)
+    measured = accuracies(network.theta, sampler_for(config, dataset, protocol), adapting, protocol.tasks)
+    learnt = learnt_strengths(network.theta) if protocol.regularized else {}
     return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured, learnt)
+
+
+def _unregularized(config: Config) -> Config:
+    # iMAML cannot be without the pull, for the sake of its meta-gradient. Nothing is differentiated here, and then its
+    # first-order form is the same.
+    algorithm = "fomaml" if config.algorithm == "imaml" else config.algorithm
+    return replace(config, algorithm=algorithm, lam=0.0, learn_lam="none", curvature="gauss-newton", damping=0.0)
 
 
 def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> TaskSampler:

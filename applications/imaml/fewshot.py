@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from applications.imaml.algorithms import adapt, query_logits
+from applications.imaml.checkpoint import CheckpointName
 from applications.imaml.config import BatchNorm, Config
 from applications.imaml.device import use
 from applications.imaml.episodes import Tasks
-from applications.imaml.evaluate import load_network
 from applications.imaml.networks import Parameters
-from applications.imaml.train import CONFIG
+from applications.imaml.run_folder import CONFIG
+from applications.imaml.trained import load_network
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Learner:
         device: str = "auto",
         inner_steps: int | None = None,
         batch_norm: BatchNorm | None = None,
+        checkpoint: CheckpointName = "last",
     ) -> Learner:
-        """Read the network of a run's last checkpoint.
+        """Read the network of a run.
 
         Args:
             run: folder of the run.
@@ -52,12 +54,14 @@ class Learner:
             inner_steps: steps of the inner solver; None for as many as in training.
             batch_norm: "transductive" normalises the images to be classified by their own statistics, so that they are
                 judged together, "support" by those of the support images, each on its own; None as in training.
+            checkpoint: "last" for the network of the last meta-step, "best" for that of the highest accuracy on
+                validation classes.
 
         Returns:
             The learner.
 
         Raises:
-            CheckpointError: if there is no checkpoint to read.
+            CheckpointError: if there is no such checkpoint to read.
             ConfigError: if a setting cannot be.
         """
         saved = Config.load(run / CONFIG)
@@ -69,7 +73,7 @@ class Learner:
             batch_norm=batch_norm or saved.batch_norm,
         )
         where = use(config)
-        network = load_network(run, where)
+        network = load_network(run, where, checkpoint)
         return cls(network.theta, config, network.channels, network.side, where)
 
     def learn(self, images: Tensor, labels: Tensor) -> Learned:

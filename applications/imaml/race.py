@@ -21,7 +21,8 @@ from applications.imaml.config import Config, ConfigError
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.metrics import read_metrics
 from applications.imaml.race_picture import Curve, draw_race
-from applications.imaml.train import CONFIG, METRICS, Limits, RunError, train
+from applications.imaml.run_folder import CONFIG, METRICS, RunError
+from applications.imaml.train import Limits, train
 
 TABLE, PICTURE = "race.md", "race.png"
 VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

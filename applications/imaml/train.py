@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import math
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 
 from applications.imaml import checkpoint
 from applications.imaml.algorithms import initial_strengths, meta_loss
-from applications.imaml.checkpoint import Checkpoint
+from applications.imaml.checkpoint import Checkpoint, CheckpointError
 from applications.imaml.config import Config
 from applications.imaml.device import use
-from applications.imaml.episodes import TaskSampler, generator_for, load_splits
+from applications.imaml.episodes import Tasks, TaskSampler, generator_for, load_splits
 from applications.imaml.evaluate import accuracies
+from applications.imaml.events import Events, check_importable
 from applications.imaml.figures import draw_curve
+from applications.imaml.interruptions import interruptions
 from applications.imaml.metrics import Meter, MetricsFile, read_metrics
 from applications.imaml.networks import Parameters, initialize
+from applications.imaml.processes import Processes
 from applications.imaml.progress import Display
-
-CONFIG, METRICS, CURVE = "config.json", "metrics.csv", "curve.png"
-# Two checkpoints of the largest network here, which is what is on the disk at once, with room to spare.
-FREE_BYTES = 32 * 2**20
+from applications.imaml.run_folder import CURVE, EVENTS, METRICS, RunError, claim
 
 _CALMER = (
     "start a run with a smaller inner_lr or meta_lr, a larger lam or damping, or curvature gauss-newton; the last "
     "checkpoint is from before."
 )
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on: says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -48,57 +40,55 @@ class Limits:
     Args:
         seconds: stop cleanly after this time; None for no limit.
         quiet: show no progress.
+        tensorboard: write the metrics as TensorBoard events as well.
     """
 
     seconds: float | None = None
     quiet: bool = False
+    tensorboard: bool = False
 
 
-def _make_folder(config: Config, out: Path) -> None:
-    """Make the folder of a new run, so that whatever is wrong with it is known before training starts."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out).free
-        if free < FREE_BYTES:
-            raise RunError(
-                f"{out} has {free / 2**20:.0f} MiB left, and a run needs {FREE_BYTES / 2**20:.0f}; make room, or pass "
-                f"a folder elsewhere."
-            )
-        config.save(out / CONFIG)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written ({error}); pass a folder that can.") from error
-
-
-def train(config: Config, out: Path, limits: Limits, *, resume: bool = False) -> int:
+def train(
+    config: Config, out: Path, limits: Limits, *, resume: bool = False, processes: Processes = Processes()
+) -> int:
     """Train until the last meta-step, the time limit or Ctrl-C.
 
     Args:
         config: of the run.
-        out: folder of the run; gets config.json, metrics.csv, curve.png and the checkpoint.
+        out: folder of the run; gets config.json, metrics.csv, curve.png and the checkpoint, which holds the network of
+            the last meta-step and that of the best accuracy on validation classes.
         limits: when to stop early.
         resume: go on from the checkpoint in that folder, to the bit as if there had been no interruption.
+        processes: those that share the tasks of a meta-step, this one among them.
 
     Returns:
         Meta-steps done in all.
 
     Raises:
-        RunError: if the folder holds a run already and isn't to be resumed, or cannot be written; or if the loss is
-            no longer finite, in which case the last checkpoint is from before.
+        RunError: if the folder holds a run already and isn't to be resumed, or cannot be written; if the loss is no
+            longer finite, in which case the last checkpoint is from before; if TensorBoard is asked for and missing;
+            or if another process has ended.
         CheckpointError: if a checkpoint cannot be read or written.
+        ConfigError: if the processes cannot share the tasks.
         OSError: if the dataset cannot be read or the metrics not be written.
         ValueError: if the dataset is damaged or too small for these tasks.
     """
-    run = _Run(config, out, resume)
+    processes.check(config)
+    if limits.tensorboard:
+        check_importable()
+    run = _Run(config, out, processes, resume=resume, tensorboard=limits.tensorboard)
     begun = time.monotonic()
-    display = Display(config.meta_steps, run.meta_step, config.tasks, limits.seconds, limits.quiet)
-    with _interruptions() as interrupted, display:
+    quiet = limits.quiet or not processes.is_first
+    display = Display(config.meta_steps, run.meta_step, config.tasks, limits.seconds, quiet)
+    with interruptions() as interrupted, closing(run), display:
         while run.meta_step < config.meta_steps:
             run.step()
             display.step(run.meta_step)
             if run.meta_step % config.log_every == 0:
                 display.row(run.record())
             late = limits.seconds is not None and time.monotonic() - begun >= limits.seconds
-            stop = late or interrupted.is_set()
+            # Asked after every step, since a signal doesn't reach all processes in the same one.
+            stop = processes.any(late or interrupted.is_set())
             if stop or run.meta_step % config.checkpoint_every == 0 or run.meta_step == config.meta_steps:
                 run.save()
             if stop:
@@ -107,13 +97,19 @@ def train(config: Config, out: Path, limits: Limits, *, resume: bool = False) ->
     return run.meta_step
 
 
+class _Best(NamedTuple):
+    """The network of the highest validation accuracy so far; the first one of equals."""
+
+    meta_step: int
+    accuracy: float
+    theta: Parameters
+
+
 class _Run:
     """Everything that changes during training, restored from the checkpoint or fresh."""
 
-    def __init__(self, config: Config, out: Path, resume: bool) -> None:
-        if not resume and (out / CONFIG).exists():
-            raise RunError(f"{out} holds a run already; continue it with --resume, or pass another folder.")
-        self._config, self._out = config, out
+    def __init__(self, config: Config, out: Path, processes: Processes, *, resume: bool, tensorboard: bool) -> None:
+        self._config, self._out, self._processes = config, out, processes
         self._device = use(config)
         splits = load_splits(config, self._device)
         self._train_generator = generator_for(config.seed, "training tasks", self._device)
@@ -133,22 +129,35 @@ class _Run:
         self._trained_seconds = 0.0
         self._row_seconds = 0.0
         self._clock = time.monotonic()
-        if resume:
-            config.save(out / CONFIG)
-        else:
-            _make_folder(config, out)
-        if (out / checkpoint.POINTER).exists():
-            self._restore(checkpoint.load(out))
-        else:
-            # Also where a run is resumed that was killed before its first checkpoint.
-            self._metrics = MetricsFile(out / METRICS, 0)
+        self._best: _Best | None = None
+        # Both in the first process only.
+        self._metrics: MetricsFile | None = None
+        self._events: Events | None = None
+        saved = processes.from_first(lambda: self._open(resume))
+        if saved is not None:
+            self._restore(saved)
+        if tensorboard and processes.is_first:
+            self._events = Events(out / EVENTS, self.meta_step)
+        if saved is None:
             self.save()
+
+    def _open(self, resume: bool) -> Checkpoint | None:
+        """Take the folder and read its checkpoint; there is none if a resumed run was killed before its first."""
+        # The network, Adam's two moments, and the best network.
+        size = 4 * sum(value.numel() * value.element_size() for value in self.theta.values())
+        claim(self._out, self._config, size, resume=resume)
+        saved = checkpoint.load(self._out) if (self._out / checkpoint.POINTER).exists() else None
+        self._metrics = MetricsFile(self._out / METRICS, 0 if saved is None else saved.numbers["metrics_bytes"])
+        return saved
 
     def step(self) -> None:
         """Take one meta-step, without waiting for the device."""
-        outcome = self._meta_loss(self.theta, self._sampler.sample(self._config.tasks))
+        share = self._processes.share(self._config.tasks)
+        tasks = Tasks(*(part[share] for part in self._sampler.sample(self._config.tasks)))
+        outcome = self._meta_loss(self.theta, tasks)
         self._optimizer.zero_grad()
         outcome.loss.backward()
+        self._processes.average_gradients(self.theta.values())
         for group in self._optimizer.param_groups:
             group["lr"] = self._meta_lr()
         self._optimizer.step()
@@ -165,6 +174,7 @@ class _Run:
     def record(self) -> dict[str, float]:
         """Write a row of metrics."""
         config = self._config
+        self._processes.average(self._meter.sums)
         row: dict[str, float] = {"meta_step": self.meta_step, **self._meter.take(config.log_every)}
         if not math.isfinite(row["query_loss"]):
             raise RunError(
@@ -175,13 +185,19 @@ class _Run:
         row["seconds"] = self._trained_seconds
         row["tasks_per_second"] = config.log_every * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
         row["validation_accuracy"] = self._validate() if self.meta_step % config.validate_every == 0 else math.nan
-        self._metrics.append(row)
+        self._processes.from_first(lambda: self._write(row))
         if self.meta_step % config.validate_every == 0:
             self.draw()
         # Time spent validating is time of the run, but not of the next row's tasks.
         self._tick()
         self._row_seconds = self._trained_seconds
         return row
+
+    def _write(self, row: dict[str, float]) -> None:
+        if self._metrics is not None:
+            self._metrics.append(row)
+        if self._events is not None:
+            self._events.append(row)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -192,24 +208,47 @@ class _Run:
             tensors |= {f"adam.{name}.{key}": value for key, value in state.get(index, {}).items()}
         if not all(bool(value.isfinite().all()) for value in tensors.values()):
             raise RunError(f"the parameters are no longer finite at meta-step {self.meta_step}; {_CALMER}")
+        # Every process goes on from the mean, as one that is resumed from here does.
+        self._processes.average(self._meter.sums)
         # Not checked: sums of what an algorithm doesn't have are NaN.
         tensors |= {"training_tasks": self._train_generator.get_state(), "meter": self._meter.sums}
+        if self._best is not None:
+            tensors |= {f"best.{name}": value for name, value in self._best.theta.items()}
+        self._processes.from_first(
+            lambda: checkpoint.save(self._out, self.meta_step, Checkpoint(tensors, self._numbers()))
+        )
+
+    def _numbers(self) -> dict[str, Any]:
+        best = self._best
         self._tick()
-        numbers = {
+        return {
             "meta_step": self.meta_step,
             "image": self._image,
-            "metrics_bytes": self._metrics.size,
+            "device": self._device.type,
+            "best": None if best is None else {"meta_step": best.meta_step, "accuracy": best.accuracy},
+            "metrics_bytes": 0 if self._metrics is None else self._metrics.size,
             "trained_seconds": self._trained_seconds,
             "row_seconds": self._row_seconds,
         }
-        checkpoint.save(self._out, self.meta_step, Checkpoint(tensors, numbers))
 
     def draw(self) -> None:
         """Draw the learning curve."""
-        draw_curve(read_metrics(self._out / METRICS), self._config, self._source, self._out / CURVE)
+        if self._processes.is_first:
+            draw_curve(read_metrics(self._out / METRICS), self._config, self._source, self._out / CURVE)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        if self._events is not None:
+            self._events.close()
 
     def _restore(self, saved: Checkpoint) -> None:
         tensors, numbers = saved
+        # Runs that don't say were made when there was no best network.
+        if numbers.get("device", self._device.type) != self._device.type:
+            raise CheckpointError(
+                f"the run draws its tasks on {numbers['device']}, and {self._device.type} would draw others; continue "
+                f"it with --device {numbers['device']}, or start a run in a new folder."
+            )
         with torch.no_grad():
             for name, value in self.theta.items():
                 value.copy_(tensors[f"theta.{name}"])
@@ -227,7 +266,9 @@ class _Run:
         self._meter.sums.copy_(tensors["meter"])
         self.meta_step = numbers["meta_step"]
         self._trained_seconds, self._row_seconds = numbers["trained_seconds"], numbers["row_seconds"]
-        self._metrics = MetricsFile(self._out / METRICS, numbers["metrics_bytes"])
+        if best := numbers.get("best"):
+            network = {name: tensors[f"best.{name}"].to(self._device) for name in self.theta}
+            self._best = _Best(best["meta_step"], best["accuracy"], network)
 
     def _validate(self) -> float:
         if self._validation_images is None:
@@ -236,33 +277,14 @@ class _Run:
         # The same tasks every time, so that the curve shows the network and not the draw.
         generator = generator_for(config.seed, "validation tasks", self._device)
         sampler = TaskSampler(self._validation_images, config.ways, config.shots, config.queries, generator)
-        return accuracies(self.theta, sampler, config, config.validation_tasks).after.mean().item()
+        after = accuracies(self.theta, sampler, config, config.validation_tasks, self._processes).after
+        accuracy = after.double().mean().item()
+        if self._best is None or accuracy > self._best.accuracy:
+            network = {name: value.detach().clone() for name, value in self.theta.items()}
+            self._best = _Best(self.meta_step, accuracy, network)
+        return accuracy
 
     def _tick(self) -> None:
         now = time.monotonic()
         self._trained_seconds += now - self._clock
         self._clock = now
-
-
-@contextmanager
-def _interruptions() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the program at once, as usual."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        # Only the main thread may handle signals.
-        yield asked
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,7 +12,8 @@ from applications.imaml import race as racing
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.race import VARIANTS, Race, Result, table
 from applications.imaml.race_picture import Curve
-from applications.imaml.train import Limits, RunError, train
+from applications.imaml.run_folder import RunError
+from applications.imaml.train import Limits, train
 
 BASE = Config(
     ways=3, tasks=2, meta_steps=4, inner_steps=1, cg_steps=1, log_every=2, validate_every=2, validation_tasks=3,

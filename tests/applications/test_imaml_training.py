@@ -2,60 +2,28 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
+import statistics
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from applications.datasets import ClassImages
 from applications.imaml import __main__ as command
 from applications.imaml import checkpoint, episodes, train
 from applications.imaml.config import Config
 from applications.imaml.evaluate import load_network
 from applications.imaml.network import batch_statistics, forward
-from applications.imaml.train import Limits, RunError
-
-ROOT = Path(__file__).resolve().parents[2]
-SHORT = Config(
-    *("glyphs", None, 3),
-    tasks=2, meta_steps=6, inner_steps=2, cg_steps=2, log_every=2, checkpoint_every=100, validate_every=4,
-    validation_tasks=3, device="cpu", schedule="constant",
-)  # fmt: skip
-SIZES = {"glyphs": {"train": 6, "validation": 3, "test": 5}}
-CLOCK = ("seconds", "tasks_per_second")
-
-
-def few_classes(name="glyphs", root=None, seed=0):
-    images = torch.randint(0, 256, (14, 4, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return ClassImages(images, tuple(f"class {index}" for index in range(14)), name)
+from applications.imaml.run_folder import RunError
+from applications.imaml.train import Limits
+from tests.helpers.runs import SHORT, SIZES, assert_same, few_classes, spawn, state, wait_for_step
 
 
 @pytest.fixture(autouse=True)
 def _small_dataset(monkeypatch):
     monkeypatch.setattr(episodes, "load", few_classes)
     monkeypatch.setattr(episodes, "SPLIT_SIZES", SIZES)
-
-
-def state(folder):
-    """What a run has come to: all tensors of its checkpoint, and its metrics but for the clock."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = [{name: cell for name, cell in row.items() if name not in CLOCK} for row in csv.DictReader(file)]
-    return checkpoint.load(folder).tensors, rows
-
-
-def assert_same(folder, other):
-    (tensors, rows), (other_tensors, other_rows) = state(folder), state(other)
-    assert tensors.keys() == other_tensors.keys()
-    assert [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])] == []
-    assert rows == other_rows
 
 
 @pytest.fixture
@@ -116,33 +84,6 @@ def test_a_complete_run_that_is_resumed_stays_as_it_is(whole):
     assert (whole / "metrics.csv").read_bytes() == before
 
 
-PROGRAM = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-import test_imaml_training as small
-from applications.imaml import __main__ as command, episodes
-episodes.load, episodes.SPLIT_SIZES = small.few_classes, small.SIZES
-command.app()
-"""
-
-
-def spawn(folder, *options):
-    arguments = [sys.executable, "-c", PROGRAM, "train", "--out", str(folder), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder.parent
-    )
-
-
-def wait_for_step(folder, step, process):
-    pointer, end = folder / "checkpoint.json", time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        if pointer.exists() and json.loads(pointer.read_text())["numbers"]["meta_step"] >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint of step {step}: {process.communicate()}")
-
-
 def test_killed_then_interrupted_then_finished_is_as_if_nothing_had_happened(tmp_path):
     options = (
         *("--ways", "3", "--tasks", "2", "--inner-steps", "2", "--cg-steps", "2", "--log-every", "2"),
@@ -150,13 +91,13 @@ def test_killed_then_interrupted_then_finished_is_as_if_nothing_had_happened(tmp
         *("--schedule", "constant"),
     )
     folder = tmp_path / "run"
-    process = spawn(folder, *options, "--checkpoint-every", "1", "--meta-steps", "100000")
+    process = spawn("train", "--out", folder, *options, "--checkpoint-every", "1", "--meta-steps", "100000")
     wait_for_step(folder, 5, process)
     process.kill()
     process.communicate()
     killed_at = checkpoint.load(folder).numbers["meta_step"]
 
-    process = spawn(folder, "--resume", "--checkpoint-every", "100000")
+    process = spawn("train", "--out", folder, "--resume", "--checkpoint-every", "100000")
     # The first row behind the checkpoint, so that there is something to lose.
     assert process.stdout.readline().startswith(f"{killed_at + 2 - killed_at % 2}/")
     process.send_signal(signal.SIGINT)
@@ -175,18 +116,6 @@ def test_killed_then_interrupted_then_finished_is_as_if_nothing_had_happened(tmp
 def test_a_run_is_not_overwritten(whole):
     with pytest.raises(RunError, match=r"holds a run already; continue it with --resume"):
         train.train(SHORT, whole, Limits(quiet=True))
-
-
-def test_a_folder_that_cannot_be_made_is_told_before_training(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be written"):
-        train.train(SHORT, tmp_path / "file" / "run", Limits(quiet=True))
-
-
-def test_a_full_folder_is_told_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(RunError, match="has 1 MiB left, and a run needs 32"):
-        train.train(SHORT, tmp_path / "run", Limits(quiet=True))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(tmp_path):
@@ -228,12 +157,14 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
     result = run_command("evaluate", whole, "--tasks", "7", "--batch-norm", "support", "--seed", "5")
     assert result.exit_code == 0, result.stderr
     report = json.loads((whole / "evaluation.json").read_text())
-    accuracies = torch.tensor(report["accuracies_after"], dtype=torch.float64)
-    assert len(accuracies) == len(report["accuracies_before"]) == 7
+    with (whole / "evaluation.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [line["task"] for line in table] == [*"0123456"]
+    before, accuracies = ([float(line[name]) for line in table] for name in ("before", "after"))
     row = report["row"]
-    assert row["accuracy"] == pytest.approx(100 * accuracies.mean().item())
-    assert row["interval"] == pytest.approx(196 * accuracies.std().item() / 7**0.5)
-    assert row["before"] == pytest.approx(100 * sum(report["accuracies_before"]) / 7)
+    assert row["accuracy"] == pytest.approx(100 * statistics.mean(accuracies))
+    assert row["interval"] == pytest.approx(196 * statistics.stdev(accuracies) / 7**0.5)
+    assert row["before"] == pytest.approx(100 * statistics.mean(before))
     expected = {
         "split": "test, 5 classes", "ways": 3, "shots": 1, "queries": 1, "batch_norm": "support", "inner": "gradient",
         "inner_steps": 2, "lam": 0.1, "tasks": 7, "task_seed": 5, "training_seed": 0, "meta_step": 6,
@@ -248,9 +179,9 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
     splits = episodes.load_splits(SHORT, torch.device("cpu"))
     sampler = episodes.TaskSampler(splits["test"], 3, 1, 1, episodes.generator_for(5, "test tasks"))
     first = episodes.Tasks(*(part[0] for part in sampler.sample(SHORT.tasks)))
-    statistics = batch_statistics(theta, first.support_images)
-    unadapted = forward(theta, first.query_images, statistics).argmax(-1) == first.query_labels
-    assert report["accuracies_before"][0] == unadapted.float().mean().item()
+    seen = batch_statistics(theta, first.support_images)
+    unadapted = forward(theta, first.query_images, seen).argmax(-1) == first.query_labels
+    assert before[0] == unadapted.float().mean().item()
     again = run_command("evaluate", whole, "--tasks", "7", "--batch-norm", "support", "--seed", "5")
     assert json.loads((whole / "evaluation.json").read_text()) == report
     assert again.stdout == result.stdout

@@ -1,0 +1,205 @@
+"""One run in several processes: ``torchrun --nproc-per-node=N -m applications.imaml train ...``.
+
+All processes hold the same meta-parameters, draw the same tasks from the same stream of random numbers, and take the
+same steps. Each differentiates only its share of the tasks of a meta-step: with T tasks and N processes the
+meta-gradient 1/T sum_i g_i is the mean over processes of the means over their T/N tasks, and the one thing that is sent
+around. Batch normalisation sees the images of one task, so nothing else ties tasks together, and a run is the same for
+every N but for rounding.
+
+The first process alone touches the folder of the run. What it finds there, or fails at, it hands to the others, so that
+all go on or all end. One that dies closes its connections, which ends the others; one that hangs does so after
+``TIMEOUT``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from applications.imaml.config import Config, ConfigError
+from applications.imaml.run_folder import RunError
+
+T = TypeVar("T")
+
+# Longer than the first process takes for a checkpoint and a picture on a slow disk.
+TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them. Where there is one only, everything here does nothing.
+
+    Args:
+        rank: number of this process, from 0.
+        count: how many there are.
+        local_rank: number of this process on its machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that reads, writes and shows."""
+        return self.rank == 0
+
+    def check(self, config: Config) -> None:
+        """Refuse settings that several processes cannot have.
+
+        Args:
+            config: of the run.
+
+        Raises:
+            ConfigError: if they cannot share its tasks equally, or have no device each.
+        """
+        if self.count == 1:
+            return
+        if config.tasks % self.count:
+            raise ConfigError(
+                f"tasks={config.tasks} cannot be shared equally by {self.count} processes; pass a multiple, for "
+                f"instance --tasks {self.count * max(1, round(config.tasks / self.count))}, or start a number of "
+                f"processes that divides it."
+            )
+        if ":" in config.device:
+            raise ConfigError(
+                f"device={config.device!r} is one device for {self.count} processes; pass auto, cuda or cpu, and each "
+                f"takes its own."
+            )
+        devices = torch.cuda.device_count()
+        if config.device != "cpu" and devices and self.local_rank >= devices:
+            raise ConfigError(
+                f"process {self.local_rank} of this machine has no device of its own, there are {devices}; pass "
+                f"--nproc-per-node={devices}, or --device cpu."
+            )
+
+    def share(self, tasks: int) -> slice:
+        """The part of a batch that is this process's.
+
+        Args:
+            tasks: in the batch.
+
+        Returns:
+            Their places; equally many for each process if ``count`` divides ``tasks``.
+        """
+        return slice(tasks * self.rank // self.count, tasks * (self.rank + 1) // self.count)
+
+    def average(self, *tensors: Tensor) -> None:
+        """Replace tensors by their means over the processes, in one message.
+
+        Args:
+            *tensors: of one dtype and device, of the same shapes in all processes.
+        """
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        self.add_up(flat)
+        flat /= self.count
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Make the gradients of the shares that of the whole.
+
+        Args:
+            parameters: whose ``grad`` is that of the mean over this process's tasks; those without one are the same in
+                every process.
+        """
+        self.average(*(value.grad for value in parameters if value.grad is not None))
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the processes.
+
+        Args:
+            tensor: of the same shape in all of them.
+        """
+        if self.count > 1:
+            with _told():
+                dist.all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process. Asked on the CPU, so that no accelerator is waited for.
+
+        Args:
+            flag: whether it is so in this one.
+
+        Returns:
+            The same in all of them.
+        """
+        if self.count == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        self.add_up(votes)
+        return bool(votes)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Do something in the first process alone.
+
+        Args:
+            make: what to do.
+
+        Returns:
+            What it returned there, in all of them.
+
+        Raises:
+            Exception: what it raised there, in all of them.
+        """
+        if self.count == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = make()
+            except Exception as error:
+                outcome[1] = error
+        with _told():
+            dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+@contextmanager
+def joined(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` started; without it there is one.
+
+    Args:
+        timeout: how long to wait for another process before the run ends.
+
+    Raises:
+        RunError: if they cannot be reached.
+    """
+    # Some clusters say how many there are, but not which one this is, in places where nothing was started together.
+    count = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if count == 1:
+        yield Processes()
+        return
+    processes = Processes(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
+    devices = torch.cuda.device_count()
+    if processes.local_rank < devices:
+        # From here on "cuda" means this one.
+        torch.cuda.set_device(processes.local_rank)
+    with _told():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=timeout)
+    yield processes
+    # Not after an error: leaving in order would wait for the others, who may be gone.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(
+            f"another process of this run has ended or doesn't answer ({str(error).splitlines()[0]}); the last "
+            f"checkpoint is whole, so continue with --resume, in any number of processes."
+        ) from error

@@ -1,0 +1,61 @@
+"""How far a run is: the rate of this session, and an end that it can keep."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from applications.imaml import progress
+from applications.imaml.progress import Display, describe_seconds
+
+ROW = {"meta_step": 40, "query_loss": 0.5, "query_accuracy": 0.75, "validation_accuracy": math.nan}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, "30 s"), (25.0, "15 s"), (5.0, "0 s"), (500.0, "30 s")])
+def test_rate_and_end_are_told_in_a_line(clock, capsys, limit, left):
+    # Resumed at 20 of 100 meta-steps of 4 tasks: 20 more in 10 s leave 60 for 30 s.
+    with Display(100, 20, 4, limit, quiet=False) as display:
+        clock[0] += 10
+        display.step(40)
+        display.row(ROW)
+        display.row(ROW | {"validation_accuracy": 0.5})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"40/100  query loss 0.500  accuracy 75.0 %  8.0 tasks/s, {left} left"
+    assert second == f"40/100  query loss 0.500  accuracy 75.0 %  validation 50.0 %  8.0 tasks/s, {left} left"
+
+
+def test_a_terminal_has_a_bar_that_says_the_same(clock, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda: Console(force_terminal=True, file=shown, width=120, color_system=None)
+    )
+    with Display(100, 20, 4, None, quiet=False) as display:
+        clock[0] += 10
+        display.step(40)
+        display.row(ROW)
+    assert "40/100 " in shown.getvalue()
+    assert "8.0 tasks/s, 30 s left" in shown.getvalue()
+    assert "40/100  query loss 0.500  accuracy 75.0 %" in shown.getvalue()
+
+
+def test_quiet_shows_nothing(clock, capsys):
+    with Display(100, 20, 4, None, quiet=True) as display:
+        display.step(40)
+        display.row(ROW)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0, "0 s"), (99.4, "99 s"), (99.6, "2 min"), (3599, "60 min"), (5970, "1 h 40 min"), (11100, "3 h 05 min")],
+)
+def test_durations_are_for_people(seconds, told):
+    assert describe_seconds(seconds) == told
