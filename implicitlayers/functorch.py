@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "full_precision", "graph_leaves", "is_wrapped",
-    "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward", "recorded",
+    "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward", "recorded", "stripped",
 ]  # fmt: skip
 
 
@@ -90,6 +90,13 @@ def forward_ad_enabled() -> Any:
     PyTorch turns it off inside `Function.jvp`, and nested forward derivatives of what runs there would silently vanish.
     """
     return forward_ad._set_fwd_grad_enabled(True)
+
+
+def stripped(t: Tensor) -> Tensor:
+    """Strip every transform from `t`, its lanes wherever they are; what is below may be on PyTorch's own tape."""
+    while is_wrapped(t):
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def all_lanes(t: Tensor) -> Tensor:

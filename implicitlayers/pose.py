@@ -179,11 +179,8 @@ class UserFunction:
         copies = [t.detach() for t in tensors]
         leaves, _ = flatten_tensors(x)
         with torch.no_grad(), Probe([*leaves, *copies]) as probe:
-            out = self.fn(x, *join_tensors(copies, self.skeleton))
-            again = out
-            if look:
-                probe.again()
-                again = self.fn(x, *join_tensors(copies, self.skeleton))
+            out = self._evaluate(x, copies)
+            again = self._evaluate(x, copies) if look else out
         noun = self.role.noun
         if probe.changed():
             raise MisuseError(
@@ -197,12 +194,14 @@ class UserFunction:
         if look:
             self._check_repeatable(out, again)
         untouched = [p for p, leaf in zip(self.structure.paths, leaves, strict=True) if not probe.touched(leaf)]
-        if untouched and touches_all:
+        # What no torch operation made may depend on anything.
+        opaque = not all(probe.made(t) for t in pytree.tree_leaves(self._value(out)))
+        if untouched and touches_all and not opaque:
             raise MisuseError(
                 f"the {noun} does not use {', '.join(untouched)}, so any value there is a solution and none has a "
                 "derivative; take it out of x0, or add a regularizer."
             )
-        return Examined(probe.captured, len(untouched) < len(leaves), probe.watch(noun))
+        return Examined(probe.captured, len(untouched) < len(leaves) or opaque, probe.watch(noun))
 
     def objective(self, found: Examined) -> ObjectiveTerm:
         """The objective as a term whose tensors are the params', then the captured ones."""
@@ -210,7 +209,9 @@ class UserFunction:
         whole = self.flat(found)
         if not isinstance(self.fn, Composite):
             return ObjectiveTerm(whole, slots, uses_unknown=found.uses_unknown)
-        model_of, loss_of = (substituted(part, found.captured, found.watch) for part in (self.fn.model, self.fn.loss))
+        model_of, loss_of = (
+            substituted(getattr(self.fn, part), found.captured, found.watch, part) for part in ("model", "loss")
+        )
 
         def model(x: Tensor, *values: Tensor) -> Any:
             params = join_tensors(values[: self.count], self.skeleton)
@@ -247,6 +248,17 @@ class UserFunction:
             return self.role.flat(self._value(out), self.structure)
 
         return flat
+
+    def _evaluate(self, x: Any, tensors: Sequence[Tensor]) -> Any:
+        try:
+            return self.fn(x, *join_tensors(tensors, self.skeleton))
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise MisuseError(
+                f"the {self.role.noun} differentiates by torch.autograd.grad or backward, which needs a tape that is "
+                "not there inside a solve; use torch.func.grad, jvp or vjp inside it."
+            ) from error
 
     def _value(self, out: Any) -> Any:
         return out[0] if self.has_aux else out
