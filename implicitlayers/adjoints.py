@@ -185,8 +185,8 @@ class OneStep(Adjoint):
     converges quadratically), also where F is zero to the last bit. Choose it where the linear solve of `Implicit` is
     too dear or does not converge.
 
-    Known limit: an L-BFGS step has the curvature of the pairs gathered on the way. In directions that the solve never
-    went along its derivative is that of a scaled gradient step; use `Implicit`, or Newton.
+    Known limit: an L-BFGS or Broyden step has the curvature of the pairs gathered on the way. In directions that the
+    solve never went along its derivative is that of a scaled gradient or Picard step; use `Implicit`, or Newton.
 
     Args:
         steps: recorded steps.

@@ -10,9 +10,9 @@ A closure also sees what its names mean *when it is called*, and a backward call
 a captured loop variable has moved on by then, and the derivative would be that of another problem. Therefore the first
 evaluation of every backward is watched: it must use the same tensors, unchanged.
 
-Known limit: a tensor that reaches a custom ``torch.autograd.Function`` or a scripted module directly meets no torch
-operation on the way and cannot be replaced there. Where the solve's own tape runs into one that carries a derivative,
-the call is refused; pass such a tensor as a param.
+Known limit: a tensor that reaches a custom ``torch.autograd.Function``, a transform or a scripted module directly meets
+no torch operation on the way and cannot be replaced there. Where the solve's own tape runs into one that carries a
+derivative, the call is refused; pass such a tensor as a param.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from implicitlayers.functorch import carries_derivative, graph_leaves, is_wrapped, stripped
+from implicitlayers.functorch import below, carries_derivative, current_level, graph_leaves, is_wrapped, stripped
 from implicitlayers.status import MisuseError
 
 __all__ = ["Probe", "Watch", "bound_now", "substituted"]
@@ -37,20 +37,23 @@ class _Onlooker(TorchFunctionMode):
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
+        self._level = current_level()
         self._known = {id(t) for t in known}
         # An id is only unique among living objects, so everything seen is kept alive until the mode is dropped.
         self._alive: list[Tensor] = list(known)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for t in pytree.tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor):
-                self._used(t)
-                if self._remember(t):
-                    self._found(t)
+        # A transform inside the function, torch.func.grad for instance, wraps what it is handed.
+        for t in _tensors((args, kwargs)):
+            inner = below(t, self._level)
+            self._used(inner)
+            if self._remember(inner):
+                self._found(inner)
         out = func(*args, **(kwargs or {}))
-        for t in pytree.tree_leaves(out):
-            if isinstance(t, Tensor) and self._remember(t):
-                self._made(t)
+        for t in _tensors(out):
+            inner = below(t, self._level)
+            if self._remember(inner):
+                self._made(inner)
         return out
 
     def _remember(self, t: Tensor) -> bool:
@@ -158,7 +161,7 @@ class Watch:
                 return fn(*args)
             out, mode = self._look(fn, given, args)
             self._tells = not mode.strangers and not self._missing(mode.seen)
-            self._check_hidden(mode.strangers, [*given, *_tensors(args)])
+            self._check_hidden([*mode.strangers, *_tensors(out)], [*given, *_tensors(args)])
             return out
         self._check_unchanged()
         # Within one backward one look is enough.
@@ -202,13 +205,13 @@ class Watch:
                     "moved on, or another branch been taken. Pass it as a param: (x, tensor) -> ..."
                 )
 
-    def _check_hidden(self, strangers: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-        """Refuse results of invisible operations that depend on a tensor which carries a derivative and is no input."""
-        if strangers and graph_leaves([stripped(t) for t in strangers]) - graph_leaves([stripped(t) for t in known]):
+    def _check_hidden(self, results: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+        """Refuse results that depend on a tensor which carries a derivative and is no input."""
+        if graph_leaves([stripped(t) for t in results]) - graph_leaves([stripped(t) for t in known]):
             raise MisuseError(
                 f"the {self._noun} captures a tensor that carries a derivative where no torch operation can be seen: "
-                "inside a scripted module, or as an argument of a custom autograd Function. Its gradient would be "
-                "missing; pass it as a param, or detach it if none is meant."
+                "inside a scripted module, or as an argument of a custom autograd Function or a torch.func transform. "
+                "Its gradient would be missing; pass it as a param, or detach it if none is meant."
             )
 
 

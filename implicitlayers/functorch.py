@@ -14,8 +14,9 @@ from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "all_lanes", "batched", "carries_derivative", "forward_ad_enabled", "full_precision", "graph_leaves", "is_wrapped",
-    "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward", "recorded", "stripped",
+    "all_lanes", "batched", "below", "carries_derivative", "current_level", "forward_ad_enabled", "full_precision",
+    "graph_leaves", "is_wrapped", "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward",
+    "recorded", "stripped",
 ]  # fmt: skip
 
 
@@ -45,7 +46,8 @@ def carries_derivative(t: Tensor) -> bool:
     if not (t.is_floating_point() or t.is_complex()):
         return False
     while True:
-        if t.requires_grad or _dual(t):
+        # A lane level is never itself a dual, and cannot be asked: what it holds may be one.
+        if t.requires_grad or (not _functorch.is_batchedtensor(t) and _dual(t)):
             return True
         if not is_wrapped(t):
             return False
@@ -90,6 +92,19 @@ def forward_ad_enabled() -> Any:
     PyTorch turns it off inside `Function.jvp`, and nested forward derivatives of what runs there would silently vanish.
     """
     return forward_ad._set_fwd_grad_enabled(True)
+
+
+def current_level() -> int:
+    """How many torch.func transforms are being run."""
+    interpreter = _functorch.peek_interpreter_stack()
+    return 0 if interpreter is None else interpreter.level()
+
+
+def below(t: Tensor, level: int) -> Tensor:
+    """What transforms entered after `level` was the current one have wrapped."""
+    while is_wrapped(t) and _functorch.maybe_get_level(t) > level:
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def stripped(t: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from implicitlayers.flat import Structure, Tree, flatten_tensors
 from implicitlayers.functorch import all_lanes, batched, full_precision, opaque_to_compile, pullback
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.linear.cg import CG
-from implicitlayers.linear.operator import Late, Operator
+from implicitlayers.linear.operator import Late, Operator, asymmetric
 from implicitlayers.linear.solve import LinearSolver
 from implicitlayers.linearized import AdjointRule, LinearSystem, RightHandSide
 from implicitlayers.loop import norm
@@ -52,7 +52,7 @@ def linear_solve(
         solver: how to solve; `CG()` by default, for symmetric positive definite A.
         x0: where to start; zero by default. Gets no gradient.
         symmetric: whether A = Aᵀ. By default what an `Operator` says of itself, else what the solver requires: who
-            takes `CG` or `MINRES` says that A is symmetric.
+            takes `CG` or `MINRES` says that A is symmetric, which is checked for a matrix.
         adjoint: how to solve the systems of the derivatives; ``Implicit(solver)`` by default.
         on_failure: see `argmin`.
 
@@ -88,10 +88,11 @@ def linear_solve(
     structure = Structure.of(b, "b")
     right = structure.flatten(b, "b")
     start = None if x0 is None else structure.flatten(x0, "x0").detach()
+    fn = _as_function(operator)
+    if isinstance(operator, Tensor) and solver.requires_symmetric and solver.looks:
+        _check_symmetric(operator.detach(), solver)
     with full_precision(right):
-        return _solve(
-            _as_function(operator), structure, right, start, params, solver, symmetric, adjoint.rule, on_failure
-        )
+        return _solve(fn, structure, right, start, params, solver, symmetric, adjoint.rule, on_failure)
 
 
 def _solve(
@@ -110,7 +111,7 @@ def _solve(
     function = UserFunction(fn, Equation("operator"), structure, skeleton, len(tensors), has_aux=False)
     found = function.examine(torch.zeros_like(start), tensors, touches_all=False, look=solver.looks)
     if solver.looks:
-        _check_linear(fn, structure, start, params)
+        _check_linear(fn, structure, b.detach(), params)
     inputs = [t.view_as(t) for t in (*tensors, *found.captured, b)]
     equation = function.equation(found, fixed_point=False)
     term = LinearTerm(equation.fn, equation.slots, symmetric)
@@ -138,14 +139,31 @@ def _as_function(operator: Callable[..., Any] | Operator | Tensor) -> Callable[.
     return operator
 
 
-def _check_linear(fn: Callable[..., Any], structure: Structure, like: Tensor, params: tuple[Any, ...]) -> None:
+def _check_linear(fn: Callable[..., Any], structure: Structure, b: Tensor, params: tuple[Any, ...]) -> None:
+    def value(x: Tensor) -> Tensor:
+        return all_lanes(structure.flatten(fn(structure.unflatten(x), *params), "what the operator returned"))
+
     with torch.no_grad():
-        zero = fn(structure.unflatten(torch.zeros_like(like)), *params)
-        constant = all_lanes(structure.flatten(zero, "what the operator returned"))
+        constant, once, twice = (value(x) for x in (torch.zeros_like(b), b, 2 * b))
     if bool((constant != 0).any()):
         raise MisuseError(
             f"the operator maps 0 to a vector of norm {float(constant.norm()):.3g}, so it is not linear; leave out the "
             "constant part and subtract it from b, or take il.root for an equation."
+        )
+    # Doubling is exact, so a linear operator errs by the rounding of a dot product at most. NaN is the solve's to name.
+    bent = norm(twice - 2 * once) > torch.finfo(b.dtype).eps ** 0.5 * norm(twice)
+    if bool(bent.any()):
+        raise MisuseError(
+            "the operator maps 2b to something else than twice what it maps b to, so it is not linear; take il.root "
+            "for an equation that is not linear in x."
+        )
+
+
+def _check_symmetric(matrix: Tensor, solver: LinearSolver) -> None:
+    if bool(asymmetric(matrix := all_lanes(matrix)).any()):
+        raise MisuseError(
+            f"{type(solver).__name__} solves symmetric systems only, and the matrix differs from its transpose by "
+            f"up to {float((matrix - matrix.mT).abs().max()):.3g}; pass solver=GMRES(), BiCGStab() or Dense()."
         )
 
 

@@ -249,7 +249,7 @@ class UserFunction:
 
         return flat
 
-    def _evaluate(self, x: Any, tensors: Sequence[Tensor]) -> Any:
+    def _evaluate(self, x: Any, tensors: list[Tensor]) -> Any:
         try:
             return self.fn(x, *join_tensors(tensors, self.skeleton))
         except RuntimeError as error:

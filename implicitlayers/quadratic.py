@@ -14,6 +14,7 @@ from implicitlayers.functorch import all_lanes, full_precision, opaque_to_compil
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.kkt import KKTPoint, KKTTerm, Program
 from implicitlayers.linear.dense import Dense
+from implicitlayers.linear.operator import asymmetric
 from implicitlayers.linearized import AdjointRule, LinearSystem
 from implicitlayers.loop import iterate
 from implicitlayers.policy import apply_policy
@@ -23,9 +24,6 @@ from implicitlayers.solvers.interior_point import InteriorPoint
 from implicitlayers.status import AdjointReport, MisuseError, Policy, Solution, Stats, Status, check_policy
 
 __all__ = ["PrimalDual", "quadratic_program"]
-
-# Beyond this, relative to the largest entry, an asymmetric Q is a mistake and no finite difference in one entry of it.
-_ASYMMETRY = 1e-2
 
 # The set of active constraints changes once or twice after the interior-point method, if at all.
 _ACTIVE_SETS = 5
@@ -241,10 +239,10 @@ def _laid_out(program: Program) -> tuple[list[Tensor], Lanes, torch.Size]:
 def _check_symmetric(Q: Tensor) -> None:
     """Diagnose a triangle or a factor of Q in its place."""
     Q = all_lanes(Q)
-    asymmetric = (Q - Q.mT).abs().amax((-2, -1)) > _ASYMMETRY * Q.abs().amax((-2, -1))
-    if bool(asymmetric.any()):
+    wrong = asymmetric(Q)
+    if bool(wrong.any()):
         raise MisuseError(
-            f"Q is not symmetric{'' if Q.ndim == 2 else f' in {int(asymmetric.sum())} lanes'}, and of a quadratic form "
+            f"Q is not symmetric{'' if Q.ndim == 2 else f' in {int(wrong.sum())} lanes'}, and of a quadratic form "
             "only the symmetric part counts: a triangle of the matrix would lose half of its off-diagonal entries, a "
             "factor L is not L Lᵀ. Pass the full matrix, or (Q + Q.mT) / 2 if that is meant."
         )

@@ -113,3 +113,17 @@ def test_the_pairs_of_the_forward_solve_precondition_the_adjoint():
         return int(solution.adjoint.steps)
 
     assert steps(il.CG(preconditioner=il.LBFGSPreconditioner())) < steps(il.CG())
+
+
+def test_a_matrix_that_is_not_symmetric_is_refused_by_methods_for_symmetric_ones():
+    A = torch.tensor([[2.0, 1.0], [0.0, 3.0]], dtype=F64)
+    for solver in (None, il.CG(), il.MINRES()):
+        with pytest.raises(il.MisuseError, match=r"differs from its transpose by up to 1;.*GMRES"):
+            il.linear_solve(A, torch.ones(2, dtype=F64), solver=solver)
+    il.linear_solve(A @ A.T, torch.ones(2, dtype=F64))
+
+
+@pytest.mark.parametrize("solver", [il.CG(), il.GMRES(), il.Dense()], ids=["cg", "gmres", "dense"])
+def test_an_operator_that_is_not_linear_is_refused(solver):
+    with pytest.raises(il.MisuseError, match=r"maps 2b to something else.*il\.root"):
+        il.linear_solve(lambda x: x**3 + x, torch.ones(3, dtype=F64), solver=solver)

@@ -12,7 +12,15 @@ from torch.func import vmap
 from implicitlayers.problem import Linearization
 from implicitlayers.status import MisuseError
 
-__all__ = ["Late", "Operator"]
+__all__ = ["Late", "Operator", "asymmetric"]
+
+# Relative to the largest entry. A finite difference in one entry of a symmetric matrix stays below it.
+_ASYMMETRY = 1e-2
+
+
+def asymmetric(matrix: Tensor) -> Tensor:
+    """Mask ``[...]`` of the matrices ``[..., n, n]`` that were not meant to be symmetric."""
+    return (matrix - matrix.mT).abs().amax((-2, -1)) > _ASYMMETRY * matrix.abs().amax((-2, -1))
 
 
 @dataclass(frozen=True)
