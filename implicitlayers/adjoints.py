@@ -71,7 +71,7 @@ class Implicit(Adjoint):
 
     def __post_init__(self) -> None:
         check_policy(self.on_failure, "Implicit's on_failure")
-        if not self.damping >= 0:
+        if not isinstance(self.damping, (int, float)) or not self.damping >= 0:
             raise MisuseError(f"Implicit(damping={self.damping}): pass a number >= 0.")
         if self.curvature not in ("hessian", "gauss_newton"):
             raise MisuseError(f'Implicit(curvature={self.curvature!r}): pass "hessian" or "gauss_newton".')

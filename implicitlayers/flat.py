@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from implicitlayers.status import MisuseError
 
-__all__ = ["Structure", "Tree", "flatten_tensors", "join_tensors"]
+__all__ = ["Structure", "Tree", "check_dense", "flatten_tensors", "join_tensors"]
 
 Tree = Any
 """A tensor, or any nesting of dicts, lists, tuples and named tuples with tensors at the leaves."""
@@ -77,6 +77,8 @@ class Structure:
                     f"{path} is {leaf.dtype} on {leaf.device}, but {paths[0]} is {first.dtype} on {first.device}; "
                     "all leaves of the unknown need one dtype and one device."
                 )
+        for path, leaf in zip(paths, leaves, strict=True):
+            check_dense(path, leaf)
         shapes = tuple(leaf.shape for leaf in leaves)
         if sum(shape.numel() for shape in shapes) == 0:
             raise MisuseError(
@@ -136,7 +138,9 @@ class Structure:
         )
 
     def _join(self, leaves: list[Tensor]) -> Tensor:
-        return leaves[0].reshape(-1) if len(leaves) == 1 else torch.cat([leaf.reshape(-1) for leaf in leaves])
+        # Not reshape(-1), whose length is anyone's guess where a vmap has no lanes.
+        vectors = [leaf.reshape(leaf.numel()) for leaf in leaves]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
 
 @dataclass(frozen=True)
@@ -152,8 +156,22 @@ def flatten_tensors(tree: Tree) -> tuple[list[Tensor], Skeleton]:
     """Take the tensors out of a tree; numbers, modules, strings and None stay in the skeleton."""
     leaves, spec = pytree.tree_flatten(tree)
     is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+    for leaf, here in zip(leaves, is_tensor, strict=True):
+        if here:
+            check_dense("a param", leaf)
     others = tuple(None if here else leaf for leaf, here in zip(leaves, is_tensor, strict=True))
     return [leaf for leaf, here in zip(leaves, is_tensor, strict=True) if here], Skeleton(spec, others, is_tensor)
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    """Raise `MisuseError` unless `t` has values, one for every index."""
+    if t.layout != torch.strided:
+        raise MisuseError(
+            f"{name} is a sparse tensor ({t.layout}), which transforms cannot handle; pass the tensor of its values "
+            "and assemble it inside the function, or capture it if it needs no derivative."
+        )
+    if t.is_meta:
+        raise MisuseError(f"{name} lies on the meta device and has no values; nothing can be solved with it.")
 
 
 def join_tensors(tensors: list[Tensor] | tuple[Tensor, ...], skeleton: Skeleton) -> Tree:

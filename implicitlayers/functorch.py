@@ -166,9 +166,14 @@ def pullback(f: Callable[..., Any], primals: Sequence[Any], cotangent: Any) -> t
     weights = pytree.tree_leaves(cotangent)
 
     def paired(*p: Any) -> Tensor:
-        return torch.stack([(o * w).sum() for o, w in zip(pytree.tree_leaves(f(*p)), weights, strict=True)]).sum()
+        return torch.stack([_inner(o, w) for o, w in zip(pytree.tree_leaves(f(*p)), weights, strict=True)]).sum()
 
     return grad(paired, argnums=tuple(range(len(primals))))(*primals)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Σ ab; for complex numbers Re Σ ab̄, of which PyTorch's gradient is b."""
+    return (a * b.conj()).real.sum() if a.is_complex() or b.is_complex() else (a * b).sum()
 
 
 def pushforward(f: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:

@@ -51,6 +51,10 @@ class ImplicitArgmin(Function):
 
     @staticmethod
     def forward(condition: Condition, x0: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if not x0.numel():
+            # A vmap without lanes: much of PyTorch cannot compute with nothing.
+            none = x0.new_zeros(x0.shape[:-1])
+            return x0.clone(), none.long(), none.long(), none, none
         outcome = condition.solve(x0, tensors)
         # PyTorch refuses an output that is an input, which a solver that has nothing to do may return.
         return (outcome.x.clone() if outcome.x is x0 else outcome.x, *outcome[1:])
@@ -84,10 +88,13 @@ class ImplicitArgmin(Function):
     def _pull(
         condition: Condition, v: Tensor, x: Tensor, tensors: Sequence[Tensor], wanted: Sequence[int]
     ) -> Sequence[Tensor]:
+        if not x.numel():
+            return [torch.zeros_like(tensors[i]) for i in wanted]
         u = _solve_linearized(condition, v, x, tensors, transposed=True)
         grads: dict[int, Tensor] = {}
         for term in condition.terms:
-            inside = [i for i in wanted if i in term.slots]
+            slots = set(term.slots)
+            inside = [i for i in wanted if i in slots]
             if inside:
                 residual = _residual_of(term, condition.lanes, x, tensors, inside)
                 pulled = pullback(residual, [tensors[i] for i in inside], u)
@@ -99,7 +106,7 @@ class ImplicitArgmin(Function):
     def jvp(ctx: Any, _condition: Any, _x0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, _, *tensors = (primal(t) for t in ctx.saved_tensors)
         condition: Condition = ctx.condition
-        given = [i for i, t in enumerate(tangents) if t is not None]
+        given = [i for i, t in enumerate(tangents) if t is not None and x.numel()]
         with forward_ad_enabled():
             dF = torch.zeros_like(x)
             for term in condition.terms:

@@ -9,6 +9,7 @@ so that nothing waits for the device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -148,9 +149,20 @@ def repeat(algorithm: Algorithm[P, S], problem: P, state: S, taken: Tensor) -> S
     return state
 
 
+def _is_number(value: Any, *, optional: bool) -> bool:
+    return (value is None and optional) or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
 def check_tolerances(owner: Any, least_steps: int = 1) -> None:
     """Validate the fields ``rtol``, ``atol`` and ``max_steps`` of a configuration object."""
     name = type(owner).__name__
+    for field in fields(owner):
+        value, declared = getattr(owner, field.name), str(field.type)
+        if declared.split(" ")[0] in ("float", "int") and not _is_number(value, optional="None" in declared):
+            raise MisuseError(
+                f"{name}({field.name}={value!r}): settings are plain Python numbers, which no derivative reaches; pass "
+                "a number, from a tensor t float(t)."
+            )
     if (owner.rtol is None) != (owner.atol is None):
         raise MisuseError(
             f"{name}(rtol={owner.rtol}, atol={owner.atol}): one is None and the other is not; pass two numbers, "

@@ -97,7 +97,7 @@ class Residuals(Summand):
             check_like("residuals function", leaf, structure)
 
     def flat(self, out: Any, structure: Structure) -> Tensor:
-        return torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(out)])
+        return torch.cat([leaf.reshape(leaf.numel()) for leaf in pytree.tree_leaves(out)])
 
     def term(self, function: UserFunction, found: Examined) -> Term:
         return function.sum_of_squares(found)

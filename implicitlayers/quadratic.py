@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitlayers.adjoints import Adjoint, Implicit
+from implicitlayers.flat import check_dense
 from implicitlayers.functorch import all_lanes, full_precision, opaque_to_compile
 from implicitlayers.implicit import ImplicitArgmin
 from implicitlayers.kkt import KKTPoint, KKTTerm, Program
@@ -185,6 +186,7 @@ def _complete(Q: Tensor, q: Tensor, A: Tensor | None, b: Tensor | None, G: Tenso
     """Check types and shapes, and put constraints without rows where there are none."""
     if not isinstance(q, Tensor) or q.ndim == 0:
         raise MisuseError("q is no vector; pass a tensor [..., n].")
+    check_dense("q", q)
     if q.dtype not in (torch.float32, torch.float64):
         raise MisuseError(f"q is {q.dtype}, and quadratic programs are solved in float32 or float64; convert all six.")
     n = q.shape[-1]
@@ -199,6 +201,7 @@ def _complete(Q: Tensor, q: Tensor, A: Tensor | None, b: Tensor | None, G: Tenso
     for name, t in zip(Program._fields, program, strict=True):
         if not isinstance(t, Tensor):
             raise MisuseError(f"{name} is a {type(t).__name__}, not a tensor; pass torch.tensor(..., dtype={q.dtype}).")
+        check_dense(name, t)
     p, m = (M.shape[-2] if M.ndim > 1 else 1 for M in (A, G))
     for name, t, expected in zip(Program._fields, program, ((n, n), (n,), (p, n), (p,), (m, n), (m,)), strict=True):
         if tuple(t.shape[max(t.ndim - len(expected), 0) :]) != expected:

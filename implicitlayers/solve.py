@@ -102,7 +102,7 @@ class Call:
         report = AdjointReport()
         outcome = self.adjoint.solve(posed, self.solver, start, inputs, report)
         what = f"The solve by {type(self.solver).__name__}"
-        if report.inner_error is not None and self.solver.looks:
+        if report.inner_error is not None and self.solver.looks and report.inner_error.numel():
             worst = float(all_lanes(report.inner_error).max())
             what = f"{what}, whose error leaves the gradient with an estimated relative error of {worst:.3g},"
         for watch in watches:

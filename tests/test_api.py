@@ -287,3 +287,20 @@ def test_inference_mode_solves_too():
     with torch.inference_mode():
         value = il.argmin(coupled, ZERO, THETA).value
     assert_near(value, newton(coupled, ZERO, THETA), 1e-7)
+
+
+def test_complex_params_in_both_modes():
+    c = torch.tensor([1 + 2j, 0.5 - 1j, 2 + 0.3j], dtype=torch.complex128)
+    direction = torch.tensor([0.3 - 0.2j, 1j, 1.0], dtype=torch.complex128)
+
+    def layer(c):
+        objective = lambda x, c: (x - c.real).square().sum() + (x * c).abs().square().sum()  # noqa: E731
+        return il.argmin(objective, ZERO, c, solver=il.Newton(rtol=1e-12)).value
+
+    # x = Re c / (1 + |c|²), elementwise.
+    expected = torch.func.jvp(lambda r, i: r / (1 + r * r + i * i), (c.real, c.imag), (direction.real, direction.imag))
+    value, tangent = torch.func.jvp(layer, (c,), (direction,))
+    assert_near(value, expected[0], 1e-10)
+    assert_near(tangent, expected[1], 1e-10)
+    gradient = torch.func.grad(lambda c: layer(c).sum())(c)
+    assert_near((gradient.conj() * direction).real.sum(), expected[1].sum(), 1e-10)

@@ -249,3 +249,34 @@ PARTS = {
 def test_parts_that_cannot_be_made(make, words):
     with misuse(*words):
         make()
+
+
+ZERO = torch.zeros(3, dtype=F64)
+
+
+def test_sparse_and_meta_tensors_are_refused():
+    S = torch.eye(3, dtype=F64).to_sparse()
+    with pytest.raises(il.MisuseError, match=r"a param is a sparse tensor .*capture it"):
+        il.argmin(lambda x, S: (torch.sparse.mm(S, x[:, None]) - 1).square().sum(), ZERO, S)
+    x = il.argmin(lambda x: (torch.sparse.mm(S, x[:, None]) - 1).square().sum(), ZERO).value
+    torch.testing.assert_close(x, torch.ones(3, dtype=F64))
+    with pytest.raises(il.MisuseError, match="Q is a sparse tensor"):
+        il.quadratic_program(S, ZERO)
+    with pytest.raises(il.MisuseError, match="x0 lies on the meta device"):
+        il.argmin(lambda x: x.square().sum(), torch.zeros(3, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: il.LBFGS(rtol="a"),  # type: ignore[arg-type]
+        lambda: il.LBFGS(max_steps=True),
+        lambda: il.GradientDescent(torch.tensor(0.1, requires_grad=True)),  # type: ignore[arg-type]
+        lambda: il.CG(rtol=torch.tensor(0.1)),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_are_plain_numbers(make):
+    with pytest.raises(il.MisuseError, match="plain Python numbers"):
+        make()
+    with pytest.raises(il.MisuseError, match="pass a number >= 0"):
+        il.Implicit(damping=torch.tensor(1.0))  # type: ignore[arg-type]

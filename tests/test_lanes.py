@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from torch.func import jacrev, vmap
+from torch.func import grad, jacrev, jvp, vmap
 
 import implicitlayers as il
 from tests.helpers.problems import F64, normal, quadratic
@@ -304,3 +304,28 @@ def test_one_lane_is_the_unbatched_problem():
     torch.testing.assert_close(lane.value[0], alone.value, rtol=0, atol=1e-12)
     assert lane.status.shape == (1,)
     assert alone.status.shape == ()
+
+
+# --- no lanes at all ----------------------------------------------------------------------------------------
+
+EMPTY = torch.zeros(0, 2, dtype=F64)
+ONE_OF_TWO = torch.zeros(2, dtype=F64)
+WITHOUT_LANES = {
+    "argmin": lambda a: il.argmin(lambda x: (x - a).square().sum(), ONE_OF_TWO).value,
+    "certified": lambda a: il.argmin(lambda x: (x - a).square().sum(), ONE_OF_TWO, gradient_tol=1e-3).value,
+    "lasso": lambda a: il.argmin(lambda x: (x - a).square().sum(), ONE_OF_TWO, regularizer=il.Lasso(0.1)).value,
+    "simplex": lambda a: il.argmin(lambda x: (x - a).square().sum(), ONE_OF_TWO, regularizer=il.Simplex()).value,
+    "root": lambda a: il.root(lambda x: x - a, ONE_OF_TWO).value,
+    "fixed point": lambda a: il.fixed_point(lambda x: x / 2 - a, ONE_OF_TWO).value,
+    "least squares": lambda a: il.least_squares(lambda x: x - a, ONE_OF_TWO).value,
+    "linear": lambda a: il.linear_solve(lambda x: 2 * x, a).value,
+    "quadratic program": lambda a: il.quadratic_program(torch.eye(2, dtype=F64), a).value.x,
+}
+
+
+@pytest.mark.parametrize("problem", WITHOUT_LANES)
+def test_a_vmap_without_lanes_gives_nothing(problem):
+    layer = WITHOUT_LANES[problem]
+    assert vmap(layer)(EMPTY).shape == (0, 2)
+    assert grad(lambda a: vmap(layer)(a).sum())(EMPTY).shape == (0, 2)
+    assert jvp(vmap(layer), (EMPTY,), (EMPTY,))[1].shape == (0, 2)

@@ -60,7 +60,7 @@ class Groups:
         """The groups of ``x [n]`` as the rows of one matrix ``[groups, size]`` a leaf."""
         leaves = [p.reshape(s) for p, s in zip(x.split(self.structure.sizes), self.structure.shapes, strict=True)]
         if self.dim is None:
-            return [leaf.reshape(1, -1) for leaf in leaves]
+            return [leaf.reshape(1, leaf.numel()) for leaf in leaves]
         return [leaf.movedim(self.dim, -1).reshape(-1, leaf.shape[self.dim]) for leaf in leaves]
 
     def join(self, rows: Sequence[Tensor]) -> Tensor:
