@@ -226,4 +226,3 @@ class ProximalTerm(Term):
 
 def _pick(part: Term | Nonsmooth, params: Sequence[Tensor]) -> list[Tensor]:
     return [params[slot] for slot in part.slots]
-
