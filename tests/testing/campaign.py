@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from implicitlayers.testing import InconclusiveGradients
 from tests.testing.library_layers import Check
 
 FIRST, MOST = 2, 250
@@ -44,12 +45,14 @@ class Count:
 
 
 def counts(results: Path) -> dict[str, Count]:
-    """What the file has, by layer. A last line that an interruption left incomplete is ignored."""
+    """What the file has, by layer. A line that an interruption left incomplete is ignored."""
     found: dict[str, Count] = {}
     for line in results.read_text(encoding="utf-8").splitlines() if results.exists() else []:
-        if line.endswith("}"):
+        try:
             count = Count(**json.loads(line))
-            found[count.layer] = found.get(count.layer, Count(count.layer)) + count
+        except ValueError:
+            continue
+        found[count.layer] = found.get(count.layer, Count(count.layer)) + count
     return found
 
 
@@ -58,6 +61,9 @@ def look(layer: str, check: Check, examples: int) -> Count:
     begin = time.process_time()
     try:
         agreed, silent = check(examples)
+    except InconclusiveGradients:
+        # More than half of them, and most of a small batch may be at the kinks of the simplest examples.
+        return Count(layer, examples, examples, time.process_time() - begin)
     except Exception as error:  # Also an error that is none of the kit's is an alarm: these layers are right.
         notes = "\n".join(getattr(error, "__notes__", []))
         alarm = f"{type(error).__name__}: {error}\n{notes}"

@@ -45,6 +45,16 @@ def test_a_function_written_by_hand_agrees_in_first_order():
     assert assert_gradients_match(linear(transposed, tangent), A, B).agrees
 
 
+def test_the_worst_entry_is_that_of_the_largest_error():
+    # The first entry is exact but for rounding, which is all of it; the second is 1e-3 off.
+    def layer(x):
+        return torch.stack([1e-9 * x[0], x[1] + 1e-3 * (x[1] - x[1].detach())])
+
+    (worst,) = compare_gradients(layer, torch.ones(2, dtype=F64), modes=("reverse",)).comparisons
+    assert worst.entry == "input[0][1] of Jᵀv"
+    assert worst.allowed == pytest.approx(1e-6 * abs(worst.expected), rel=1e-6)
+
+
 def test_the_message_names_entry_values_floor_and_oracle():
     wrong = function(lambda x: x.sin(), lambda v, y, x: v * x.cos() * torch.tensor([1.0, 1.5], dtype=F64))
     with pytest.raises(GradientMismatch) as caught:

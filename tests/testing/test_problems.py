@@ -88,6 +88,21 @@ def test_spd_matrices_are_as_asked(data, dtype, condition):
 
 
 @QUICK
+@given(strategies.matrices(2, condition=st.floats(1, 50)))
+def test_matrices_are_regular(A):
+    assert torch.linalg.cond(A) <= 50 * (1 + 1e-12)
+
+
+@QUICK
+@given(
+    strategies.tensors(device="meta") | strategies.spd_matrices(device="meta") | strategies.matrices(device="meta")
+    | strategies.trees(device="meta", max_leaves=2)
+)  # fmt: skip
+def test_the_device_is_the_one_asked_for(tree):
+    assert {leaf.device.type for leaf in pytree.tree_leaves(tree)} == {"meta"}
+
+
+@QUICK
 @given(strategies.strongly_convex_problems() | strategies.contractions())
 def test_drawn_problems_know_their_answers(problem):
     x = problem.solution(*problem.params)
@@ -137,6 +152,7 @@ def test_examples_shrink_to_something_small():
         (lambda: strategies.trees(torch.ones(2)), r"leaves is tensor.*pass strategies.tensors\(\)"),
         (lambda: strategies.spd_matrices("3").example(), "n is '3', a str"),
         (lambda: strategies.spd_matrices(2, condition="big").example(), "condition is 'big'"),
+        (lambda: strategies.matrices(2, condition="big").example(), "condition is 'big'"),
         (lambda: strategies.tensors((2,), elements=3.0).example(), r"elements is 3.0.*st.just\(3.0\)"),
         (lambda: strategies.tensors([2]).example(), r"shape is \[2\]"),
         (lambda: strategies.layers(solvers=il.LBFGS()).example(), "solvers is LBFGS"),

@@ -38,6 +38,13 @@ def sizes(name: str, n: int | SearchStrategy[int] | None, max_size: int, min_siz
     return expect_strategy(name, n, "st.integers(1, 5)")
 
 
+def limits(condition: float | SearchStrategy[float]) -> SearchStrategy[float]:
+    """A strategy for a largest condition number, given as a number or as a strategy."""
+    if isinstance(condition, (int, float)):
+        return st.just(condition)
+    return expect_strategy("condition", condition, "st.floats(1, 100)")
+
+
 def eighths(low: float = -3.0, high: float = 3.0) -> SearchStrategy[float]:
     """Multiples of 1/8, exact in every floating type; they shrink to 0."""
     return st.integers(round(8 * low), round(8 * high)).map(lambda k: k / 8)
@@ -146,10 +153,7 @@ def spd_matrices(
         True
     """
     size = draw(sizes("n", n, max_size))
-    if not isinstance(condition, (int, float)):
-        limit: float = draw(expect_strategy("condition", condition, "st.floats(1, 100)"))
-    else:
-        limit = condition
+    limit = draw(limits(condition))
     exponents = draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))
     eigenvalues = limit ** (torch.tensor(exponents, dtype=torch.float64) / 8)
     Q = _reflection(draw, size)
@@ -161,7 +165,7 @@ def spd_matrices(
 def matrices(
     draw: DrawFn,
     n: int | SearchStrategy[int] | None = None,
-    condition: float = 10.0,
+    condition: float | SearchStrategy[float] = 10.0,
     dtype: torch.dtype = torch.float64,
     *,
     device: Device = "cpu",
@@ -172,7 +176,7 @@ def matrices(
     Args:
         draw: given by Hypothesis; leave it out.
         n: size, a strategy for it, or None for anything up to `max_size`.
-        condition: largest condition number.
+        condition: largest condition number, or a strategy for it.
         dtype: of the matrix.
         device: of the matrix.
         max_size: largest size where `n` is None.
@@ -183,6 +187,6 @@ def matrices(
     """
     size = draw(sizes("n", n, max_size))
     exponents = draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))
-    values = condition ** (torch.tensor(exponents, dtype=torch.float64) / 8)
+    values = draw(limits(condition)) ** (torch.tensor(exponents, dtype=torch.float64) / 8)
     A = _reflection(draw, size) @ torch.diag(values) @ _reflection(draw, size).mT
     return A.to(dtype=dtype, device=device)

@@ -1,0 +1,45 @@
+"""The count of examples goes on from its file, and says what it found."""
+
+from implicitlayers.testing import Checked, GradientMismatch, GradientReport, InconclusiveGradients
+from implicitlayers.testing.report import Comparison
+from tests.testing.campaign import Count, counts, go_on, table
+
+
+def _raises(kind):
+    def check(examples):
+        raise kind(GradientReport((Comparison("a derivative", "an oracle", "disagree"),)))
+
+    return check
+
+
+LAYERS = {
+    "right": lambda examples: Checked(examples, 0),
+    "small": lambda examples: Checked(min(examples, 3), 0),
+    "noisy": lambda examples: Checked(examples - 1, 1),
+    "silent": _raises(InconclusiveGradients),
+    "wrong": _raises(GradientMismatch),
+}
+
+
+def test_every_layer_gets_its_examples_or_a_reason(tmp_path):
+    results = tmp_path / "counts.jsonl"
+    found = list(go_on(LAYERS, results, examples=10, seconds=60))
+    assert [count.examples for count in found if count.layer == "right"] == [2, 2, 4, 2]
+    done = counts(results)
+    assert {name: (count.examples, count.exhausted) for name, count in done.items()} == {
+        "right": (10, False), "small": (7, True), "noisy": (10, False), "silent": (10, False), "wrong": (0, False),
+    }  # fmt: skip
+    assert (done["noisy"].inconclusive, done["silent"].inconclusive) == (4, 10)
+    assert done["wrong"].alarm.startswith("GradientMismatch: The gradients disagree")
+    assert list(go_on(LAYERS, results, examples=10, seconds=60)) == []
+    assert list(table({"all of them": LAYERS}, results))[1] == "| all of them | 5 | 0 to 10 | 37 | 14 | 1 |"
+
+
+def test_it_goes_on_after_an_interruption(tmp_path):
+    results = tmp_path / "counts.jsonl"
+    list(go_on({"right": LAYERS["right"]}, results, examples=4, seconds=60))
+    results.write_text(results.read_text() + '{"layer": "right", "exam\n')
+    assert counts(results)["right"].examples == 4
+    (count,) = go_on({"right": LAYERS["right"]}, results, examples=6, seconds=60)
+    assert count == Count("right", 2, 0, count.seconds)
+    assert list(go_on({"right": LAYERS["right"]}, results, examples=9, seconds=0)) == []
