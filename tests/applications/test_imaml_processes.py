@@ -15,7 +15,7 @@ from applications.imaml.processes import Processes
 from applications.imaml.train import Limits
 from tests.helpers.runs import SHORT, SIZES, double_precision, few_classes, spawn, state, wait_for_step
 
-CONFIG = replace(SHORT, tasks=4, meta_steps=8, validate_every=2, threads=1)
+CONFIG = replace(SHORT, tasks=4, meta_steps=4, validate_every=2, threads=1)
 OPTIONS = (
     *("--ways", 3, "--tasks", 4, "--inner-steps", 2, "--cg-steps", 2, "--log-every", 2, "--validate-every", 2),
     *("--validation-tasks", 3, "--device", "cpu", "--threads", 1, "--schedule", "constant"),
@@ -39,14 +39,14 @@ def both(*arguments, **environment):
 
 
 def assert_close(folder, other):
-    """The same but for rounding in double precision, which some steps on such images make larger."""
+    """The same but for rounding in double precision; metrics are written with eight digits."""
     (tensors, rows), (other_tensors, other_rows) = state(folder), state(other)
     assert tensors.keys() == other_tensors.keys()
-    torch.testing.assert_close(tensors, other_tensors, rtol=1e-6, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(tensors, other_tensors, rtol=1e-10, atol=1e-12, equal_nan=True)
     numbers, expected = (
         [[float(cell or "nan") for cell in row.values()] for row in table] for table in (rows, other_rows)
     )
-    assert numbers == [pytest.approx(row, rel=1e-6, nan_ok=True) for row in expected]
+    assert numbers == [pytest.approx(row, rel=1e-7, nan_ok=True) for row in expected]
 
 
 def test_two_processes_go_on_from_one_and_one_from_two_as_if_there_were_no_difference(tmp_path):
@@ -54,13 +54,13 @@ def test_two_processes_go_on_from_one_and_one_from_two_as_if_there_were_no_diffe
     with double_precision():
         train.train(CONFIG, whole, quiet)
         train.train(replace(CONFIG, meta_steps=1), mixed, quiet)
-    # Steps 1 to 5 by torchrun, in the middle of a row at both ends.
-    process = spawn("train", "--out", mixed, "--resume", "--meta-steps", 5, launcher=TORCHRUN, DOUBLE="1")
+    # Steps 2 and 3 by torchrun: the middle of a row at both ends.
+    process = spawn("train", "--out", mixed, "--resume", "--meta-steps", 3, launcher=TORCHRUN, DOUBLE="1")
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     # One process shows and says it.
-    assert output.count("trained: 5 of 5 meta-steps") == 1
-    assert output.count("\n") == 3
+    assert output.count("trained: 3 of 3 meta-steps") == 1
+    assert output.count("\n") == 2
     with double_precision():
         train.train(CONFIG, mixed, quiet, resume=True)
     assert_close(mixed, whole)
