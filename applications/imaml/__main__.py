@@ -24,9 +24,10 @@ from applications.imaml.config import (
     ConfigError,
     CurvatureName,
     DataName,
-    InnerName,
+    LearnLam,
     ScheduleName,
     help_of,
+    usual_lam,
 )
 from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
@@ -56,8 +57,12 @@ def train_command(
     queries: Annotated[int | None, typer.Option(help=f"{help_of('queries')}; as many as shots by default")] = None,
     query_sets: Annotated[int, _option("query_sets")] = Config.query_sets,
     algorithm: Annotated[AlgorithmName, _option("algorithm")] = Config.algorithm,
-    inner: Annotated[InnerName, _option("inner")] = Config.inner,
-    lam: Annotated[float, _option("lam")] = Config.lam,
+    inner: Annotated[str, _option("inner")] = Config.inner,
+    lam: Annotated[
+        float | None, typer.Option(help=f"{help_of('lam')}; by default {Config.lam} with imaml, else 0")
+    ] = None,
+    learn_lam: Annotated[LearnLam, _option("learn_lam")] = Config.learn_lam,
+    path_steps: Annotated[int | None, _option("path_steps")] = Config.path_steps,
     inner_lr: Annotated[float, _option("inner_lr")] = Config.inner_lr,
     inner_steps: Annotated[int, _option("inner_steps")] = Config.inner_steps,
     cg_steps: Annotated[int, _option("cg_steps")] = Config.cg_steps,
@@ -92,6 +97,7 @@ def train_command(
             config = _resumed(Config.load(out / CONFIG), given, context)
         else:
             given["queries"] = shots if queries is None else queries
+            given["lam"] = usual_lam(algorithm) if lam is None else lam
             config = Config(**given)
         if time_limit is not None and not time_limit > 0:
             raise ConfigError(f"time_limit={time_limit} cannot be; pass a number of seconds above 0.")

@@ -12,16 +12,17 @@ from applications.datasets import SPLITS
 from applications.imaml.checkpoint import write_atomically
 
 DataName = Literal["glyphs", "omniglot", "mini-imagenet", "folder"]
-AlgorithmName = Literal["imaml", "fomaml"]
-InnerName = Literal["gradient", "hessian-free", "lbfgs"]
+AlgorithmName = Literal["imaml", "maml", "anil", "fomaml", "reptile"]
+InnerName = Literal["gradient", "hessian-free", "adam", "lbfgs"]
+LearnLam = Literal["none", "scalar", "layer"]
 ScheduleName = Literal["cosine", "constant"]
-CurvatureName = Literal["gauss-newton", "hessian"]
+CurvatureName = Literal["gauss-newton", "hessian", "hessian-unguarded", "published"]
 BatchNorm = Literal["transductive", "support"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "data": get_args(DataName),
     "algorithm": get_args(AlgorithmName),
-    "inner": get_args(InnerName),
+    "learn_lam": get_args(LearnLam),
     "curvature": get_args(CurvatureName),
     "schedule": get_args(ScheduleName),
     "batch_norm": get_args(BatchNorm),
@@ -39,7 +40,17 @@ _AT_LEAST_ONE = [
     "validate_every",
     "validation_tasks",
 ]
-_POSITIVE = ("lam", "inner_lr", "meta_lr")
+_POSITIVE = ("inner_lr", "meta_lr")
+TORCH = "torch."
+"""How the name of an inner solver begins that is an optimizer of ``torch.optim``."""
+# Of vectors, with dense gradients; Muon takes matrices.
+_OPTIMIZERS = (
+    *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS"),
+    *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+)
+# Those through whose solution or path a gradient reaches the strength.
+_LEARNS_LAM = ("imaml", "maml", "anil")
+_PATH = ("maml", "anil")
 
 
 class ConfigError(ValueError):
@@ -66,13 +77,25 @@ class Config:
     shots: int = _option(1, "support images of a class")
     queries: int = _option(1, "query images of a class")
     query_sets: int = _option(1, "query sets a training task is judged by, each normalised by itself")
-    algorithm: AlgorithmName = _option("imaml", "imaml, or fomaml: its first-order form, which drops the curvature")
-    inner: InnerName = _option("gradient", "inner solver: gradient descent, hessian-free Newton, or lbfgs")
-    lam: float = _option(0.1, "strength of the pull towards the meta-parameters, lam/2 |phi - theta|^2")
-    inner_lr: float = _option(0.4, "step size of gradient descent on a task's mean cross-entropy")
+    algorithm: AlgorithmName = _option(
+        "imaml", "imaml; maml: through the inner steps; anil: the same for the last layer alone; fomaml; reptile"
+    )
+    inner: str = _option(
+        "gradient", "inner solver: gradient (descent), hessian-free (Newton), adam, lbfgs, or torch.NAME of torch.optim"
+    )
+    lam: float = _option(0.1, "strength of the pull towards the meta-parameters, lam/2 |phi - theta|^2; 0 for none")
+    learn_lam: LearnLam = _option("none", "learn it, from there: one (scalar) or one for each layer (layer)")
+    path_steps: int | None = _option(
+        None, "last inner steps that maml and anil differentiate, those before as fomaml does; None: all"
+    )
+    inner_lr: float = _option(0.4, "step size of gradient descent, adam or torch.NAME on a task's mean cross-entropy")
     inner_steps: int = _option(5, "steps of the inner solver, in training and evaluation alike")
     cg_steps: int = _option(3, "conjugate gradient steps for the meta-gradient and for a hessian-free direction")
-    curvature: CurvatureName = _option("gauss-newton", "curvature in the meta-gradient: gauss-newton or hessian")
+    curvature: CurvatureName = _option(
+        "gauss-newton",
+        "curvature in imaml's meta-gradient: gauss-newton; hessian, CG stopping where it is negative; "
+        "hessian-unguarded, the paper's CG, which goes on; published, the operator of the paper's code",
+    )
     damping: float = _option(0.0, "added to that curvature, beyond lam")
     batch_norm: BatchNorm = _option("transductive", "statistics for query images: of the query batch, or the support's")
     meta_lr: float = _option(1.5e-3, "learning rate of Adam on the meta-parameters")
@@ -104,8 +127,11 @@ class Config:
         _check_integer("split_seed", self.split_seed, 0)
         for name in _POSITIVE:
             _check_number(name, getattr(self, name), positive=True)
+        _check_number("lam", self.lam, positive=False)
         _check_number("damping", self.damping, positive=False)
         self._check_data()
+        self._check_inner()
+        self._check_algorithm()
         if self.validate_every % self.log_every:
             raise ConfigError(
                 f"validate_every={self.validate_every} is not a multiple of log_every={self.log_every}, and a "
@@ -128,6 +154,70 @@ class Config:
         allowed = (None, 1) if self.data == "glyphs" else (None, 1, 3)
         if self.channels not in allowed:
             raise ConfigError(f"channels={self.channels!r} cannot be with {self.data}; pass one of {allowed}.")
+
+    def _check_inner(self) -> None:
+        name = self.inner.removeprefix(TORCH) if isinstance(self.inner, str) else None
+        if self.inner in get_args(InnerName) or (name != self.inner and name in _OPTIMIZERS):
+            return
+        raise ConfigError(
+            f"inner={self.inner!r} is not known; pass one of {', '.join(get_args(InnerName))}, or {TORCH}NAME with one "
+            f"of {', '.join(_OPTIMIZERS)}."
+        )
+
+    def _check_algorithm(self) -> None:
+        if self.algorithm == "imaml" and not self.lam:
+            raise ConfigError(
+                "lam=0 cannot be with imaml, whose solution depends on the meta-parameters through the pull alone; "
+                "pass a number above 0, or algorithm='maml'."
+            )
+        if self.algorithm in _PATH and (self.inner.startswith(TORCH) or self.inner == "hessian-free"):
+            why = (
+                "a few conjugate gradient steps would be differentiated as if they had converged"
+                if self.inner == "hessian-free"
+                else "the steps of torch.optim leave no graph to differentiate"
+            )
+            raise ConfigError(
+                f"inner={self.inner!r} cannot be with {self.algorithm}: {why}; pass inner='gradient', 'adam' or "
+                f"'lbfgs', or algorithm='imaml' or 'fomaml'."
+            )
+        self._check_learnt_strength()
+        self._check_path_steps()
+        if self.algorithm != "imaml" and (self.damping or self.curvature != "gauss-newton"):
+            raise ConfigError(
+                f"curvature={self.curvature!r} and damping={self.damping!r} are of imaml's linear system, and "
+                f"{self.algorithm} has none; leave both out, or pass algorithm='imaml'."
+            )
+        if self.curvature == "published" and (self.damping or self.learn_lam != "none"):
+            raise ConfigError(
+                "curvature='published' has a damping of its own, made from a given lam; leave damping and learn_lam "
+                "out, or pass another curvature."
+            )
+
+    def _check_learnt_strength(self) -> None:
+        if self.learn_lam == "none":
+            return
+        if self.algorithm not in _LEARNS_LAM:
+            raise ConfigError(
+                f"learn_lam={self.learn_lam!r} cannot be with {self.algorithm}, whose meta-gradient has no part for "
+                f"lam; pass algorithm={' or '.join(map(repr, _LEARNS_LAM))}, or learn_lam='none'."
+            )
+        if not self.lam:
+            raise ConfigError("lam=0 cannot be learnt from, since its logarithm is what is learnt; pass one above 0.")
+
+    def _check_path_steps(self) -> None:
+        if self.path_steps is None:
+            return
+        _check_integer("path_steps", self.path_steps, 1)
+        if self.algorithm not in _PATH:
+            raise ConfigError(
+                f"path_steps={self.path_steps} cannot be with {self.algorithm}, which doesn't differentiate the path; "
+                f"pass algorithm={' or '.join(map(repr, _PATH))}, or leave it out."
+            )
+        if self.inner != "gradient":
+            raise ConfigError(
+                f"path_steps={self.path_steps} cannot be with inner={self.inner!r}, whose steps share a memory that "
+                f"the cut would lose; pass inner='gradient', or leave it out."
+            )
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON.
@@ -164,6 +254,18 @@ class Config:
                 f"that wrote it, or start a run in a new folder."
             )
         return cls(**values)
+
+
+def usual_lam(algorithm: AlgorithmName) -> float:
+    """The strength of the pull that an algorithm is used with.
+
+    Args:
+        algorithm: its name.
+
+    Returns:
+        The default for iMAML; 0, as published, for those that were conceived without a pull.
+    """
+    return Config.lam if algorithm == "imaml" else 0.0
 
 
 def help_of(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from applications.datasets import ClassImages
 from applications.imaml import checkpoint
-from applications.imaml.algorithms import accuracy, adapt, query_logits
+from applications.imaml.algorithms import accuracy, adapt, learnt_strengths, query_logits
 from applications.imaml.checkpoint import write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
 from applications.imaml.device import use
@@ -96,6 +97,7 @@ class Evaluation:
         classes: number of classes of the split.
         meta_step: meta-steps that the run had done.
         measured: one accuracy a task.
+        learnt_lam: the strengths by layer, where they were learnt.
     """
 
     config: Config
@@ -104,6 +106,7 @@ class Evaluation:
     classes: int
     meta_step: int
     measured: Accuracies
+    learnt_lam: Mapping[str, float]
 
     def row(self) -> dict[str, str | int | float]:
         """The accuracy in percent, its 95 % interval, and everything that they depend on."""
@@ -123,6 +126,7 @@ class Evaluation:
             "inner_steps": config.inner_steps,
             "inner_lr": config.inner_lr,
             "lam": config.lam,
+            "learn_lam": config.learn_lam,
             "meta_step": self.meta_step,
             "training_seed": config.seed,
             "split_seed": config.split_seed,
@@ -135,11 +139,13 @@ class Evaluation:
 
     def __str__(self) -> str:
         row = self.row()
-        step = f" of lr {row['inner_lr']:g}" if row["inner"] == "gradient" else ""
+        step = "" if row["inner"] in ("hessian-free", "lbfgs") else f" of lr {row['inner_lr']:g}"
+        learnt = self.learnt_lam.values()
+        lam = f"learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"{row['lam']:g}"
         return (
             f"{row['source']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
             f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps, seed {row['training_seed']} | "
-            f"{row['inner_steps']} {row['inner']} steps{step}, lam {row['lam']:g} | batch norm {row['batch_norm']} | "
+            f"{row['inner_steps']} {row['inner']} steps{step}, lam {lam} | batch norm {row['batch_norm']} | "
             f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
             f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
         )
@@ -152,6 +158,7 @@ class Evaluation:
         """
         content = {
             "row": self.row(),
+            "learnt_lam": dict(self.learnt_lam),
             "config": asdict(self.config),
             "accuracies_before": self.measured.before.tolist(),
             "accuracies_after": self.measured.after.tolist(),
@@ -234,7 +241,8 @@ def measure(config: Config, network: Network, dataset: ClassImages, protocol: Pr
     """
     config = replace(config, batch_norm=protocol.batch_norm or config.batch_norm)
     measured = accuracies(network.theta, sampler_for(config, dataset, protocol), config, protocol.tasks)
-    return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured)
+    learnt = learnt_strengths(network.theta)
+    return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured, learnt)
 
 
 def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> TaskSampler:

@@ -25,6 +25,8 @@ FEATURES = FILTERS * 2 * 2
 # Gain and largest bias of the initialisation with which the iMAML experiments were run.
 GAIN = 1.73
 BIAS = 0.05
+HEAD = ("linear.weight", "linear.bias")
+"""Names of the parameters of the last layer."""
 
 Parameters = dict[str, Tensor]
 
@@ -74,7 +76,34 @@ def forward(parameters: Parameters, images: Tensor, statistics: list[Statistics]
     Returns:
         Logits ``[batch, ways]``.
     """
+    return head(parameters, features(parameters, images, statistics))
+
+
+def features(parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None) -> Tensor:
+    """What the last layer sees of images.
+
+    Args:
+        parameters: as drawn by ``initialize``; those of the last layer aren't looked at.
+        images: as for ``forward``.
+        statistics: as for ``forward``.
+
+    Returns:
+        Features ``[batch, FEATURES]``.
+    """
     return _apply(parameters, images, statistics, collect=False)[0]
+
+
+def head(parameters: Parameters, features: Tensor) -> Tensor:
+    """Classify features by the last layer.
+
+    Args:
+        parameters: those in ``HEAD``, and any others.
+        features: ``[batch, features]``.
+
+    Returns:
+        Logits ``[batch, ways]``.
+    """
+    return F.linear(features, parameters["linear.weight"], parameters["linear.bias"])
 
 
 def batch_statistics(parameters: Parameters, images: Tensor) -> list[Statistics]:
@@ -110,4 +139,4 @@ def _apply(
         own = Statistics(*moments(x)) if statistics is None else statistics[block]
         seen.append(own)
         x = F.relu(torch.addcmul(shift, x - own.mean, scale * torch.rsqrt(own.variance + EPSILON)))
-    return F.linear(x.flatten(1), parameters["linear.weight"], parameters["linear.bias"]), seen
+    return x.flatten(1), seen

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from applications.imaml import network, pooled
-from applications.imaml.network import Parameters, Statistics
+from applications.imaml.network import HEAD, Parameters, Statistics, head
 
-__all__ = ["Parameters", "Statistics", "batch_statistics", "forward", "initialize"]
+__all__ = ["HEAD", "Parameters", "Statistics", "batch_statistics", "features", "forward", "head", "initialize"]
 
 
 def initialize(ways: int, channels: int, side: int, generator: torch.Generator) -> Parameters:
@@ -48,9 +48,23 @@ def forward(parameters: Parameters, images: Tensor, statistics: list[Statistics]
     Returns:
         Logits ``[batch, ways]``.
     """
+    return head(parameters, features(parameters, images, statistics))
+
+
+def features(parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None) -> Tensor:
+    """What the last layer sees of images; ``head`` makes logits of it.
+
+    Args:
+        parameters: as drawn by ``initialize``.
+        images: as for ``forward``.
+        statistics: as for ``forward``.
+
+    Returns:
+        Features ``[batch, features]``.
+    """
     if images.shape[-1] == network.SIDE:
-        return network.forward(parameters, images, statistics)
-    return pooled.apply(parameters, images, statistics)[0]
+        return network.features(parameters, images, statistics)
+    return pooled.features(parameters, images, statistics)[0]
 
 
 def batch_statistics(parameters: Parameters, images: Tensor) -> list[Statistics]:
@@ -65,4 +79,4 @@ def batch_statistics(parameters: Parameters, images: Tensor) -> list[Statistics]
     """
     if images.shape[-1] == network.SIDE:
         return network.batch_statistics(parameters, images)
-    return pooled.apply(parameters, images)[1]
+    return pooled.features(parameters, images)[1]

@@ -52,10 +52,10 @@ def initialize(ways: int, channels: int, side: int, generator: torch.Generator) 
     return parameters
 
 
-def apply(
+def features(
     parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None
 ) -> tuple[Tensor, list[Statistics]]:
-    """Classify images, and tell what each block's batch normalisation saw of them.
+    """What the last layer sees of images, and what each block's batch normalisation saw of them.
 
     Args:
         parameters: as drawn by ``initialize``.
@@ -63,14 +63,14 @@ def apply(
         statistics: what to normalise with, one entry for each block; the batch's own without.
 
     Returns:
-        Logits ``[batch, ways]``, and the statistics used.
+        Features ``[batch, features]``, and the statistics used.
 
     Raises:
         ValueError: if the images have another size than those that the parameters were drawn for.
     """
-    features = parameters["linear.weight"].shape[-1]
-    if FILTERS * (images.shape[-2] // SMALLEST) * (images.shape[-1] // SMALLEST) != features:
-        side = SMALLEST * round((features / FILTERS) ** 0.5)
+    expected = parameters["linear.weight"].shape[-1]
+    if FILTERS * (images.shape[-2] // SMALLEST) * (images.shape[-1] // SMALLEST) != expected:
+        side = SMALLEST * round((expected / FILTERS) ** 0.5)
         raise ValueError(
             f"images has shape {list(images.shape)}, but the linear layer fits the features of sides from {side} to "
             f"{side + SMALLEST - 1} pixels only; pass images of the size that the network was made for."
@@ -87,7 +87,7 @@ def apply(
             torch.addcmul(parameters[f"normalization{block}.shift"][:, None, None], centred, factor[:, None, None])
         )
         x = F.max_pool2d(x, 2)
-    return F.linear(x.flatten(1), parameters["linear.weight"], parameters["linear.bias"]), seen
+    return x.flatten(1), seen
 
 
 def _statistics(x: Tensor) -> Statistics:

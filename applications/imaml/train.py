@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 
 from applications.imaml import checkpoint
-from applications.imaml.algorithms import meta_loss
+from applications.imaml.algorithms import initial_strengths, meta_loss
 from applications.imaml.checkpoint import Checkpoint
 from applications.imaml.config import Config
 from applications.imaml.device import use
@@ -123,7 +123,8 @@ class _Run:
         self._validation_images = splits.get("validation")
         *_, channels, _, side = splits["train"].images.shape
         self._source, self._image = splits["train"].source, (channels, side)
-        drawn = initialize(config.ways, channels, side, generator_for(config.seed, "initialisation"))
+        network = initialize(config.ways, channels, side, generator_for(config.seed, "initialisation"))
+        drawn = network | initial_strengths(network, config)
         self.theta: Parameters = {name: value.to(self._device).requires_grad_() for name, value in drawn.items()}
         self._optimizer = torch.optim.Adam(self.theta.values(), lr=config.meta_lr)
         self._meta_loss = meta_loss(config)

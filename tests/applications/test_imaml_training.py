@@ -79,7 +79,19 @@ def test_a_run_leaves_settings_metrics_curve_and_one_checkpoint(whole):
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("settings", [{}, {"algorithm": "fomaml"}, {"inner": "lbfgs", "batch_norm": "support"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"algorithm": "fomaml"},
+        {"inner": "lbfgs", "batch_norm": "support"},
+        {"algorithm": "maml", "lam": 0.0, "path_steps": 1},
+        {"algorithm": "reptile", "lam": 0.0, "inner": "torch.RMSprop"},
+        {"learn_lam": "layer", "inner": "adam"},
+        {"algorithm": "anil", "learn_lam": "scalar"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
 def test_three_steps_and_three_more_are_six(tmp_path, settings):
     config = replace(SHORT, **settings)
     # Three steps end in the middle of a row of metrics, whose sums must be carried over.
