@@ -216,7 +216,11 @@ def regression(settings: RegressionSettings) -> Chart:
         The figure.
     """
     problems = list(_problems(settings))
-    panels = (_against_inner_steps(settings, problems), _against_cg_steps(settings, problems), _trained(settings, problems))
+    panels = (
+        _against_inner_steps(settings, problems),
+        _against_cg_steps(settings, problems),
+        _trained(settings, problems),
+    )
     return Chart(
         "regression",
         f"Linear regression with an exact meta-gradient: {settings.features} features, {settings.samples} samples a "

@@ -1,0 +1,23 @@
+"""Foreseen errors, told in a line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from applications.imaml.checkpoint import CheckpointError
+from applications.imaml.config import ConfigError
+from applications.imaml.train import RunError
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Foreseen errors are told in a line, not in a traceback."""
+    try:
+        yield
+    except (ConfigError, RunError, CheckpointError, OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
