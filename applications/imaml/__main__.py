@@ -1,4 +1,4 @@
-"""Command line: ``python -m applications.imaml train | evaluate | adapt | demo``."""
+"""Command line: ``python -m applications.imaml train | evaluate | adapt | demo | race``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.fewshot import Learner
+from applications.imaml.race import PICTURE, VARIANTS, Race, race
+from applications.imaml.race import TABLE as RACE_TABLE
 from applications.imaml.train import CONFIG, CURVE, METRICS, Limits, RunError, train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -169,6 +171,40 @@ def demo_command(
     with _explained():
         folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
         typer.echo(str(demo(folder, seconds, quiet=quiet)))
+
+
+@app.command("race")
+def race_command(
+    out: Annotated[Path, typer.Option(help="folder of the race; an unfinished one goes on")],
+    variant: Annotated[
+        list[str] | None, typer.Option(help=f"one of {', '.join(VARIANTS)}; several times for several; all by default")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each variant")] = Race.seeds,
+    test_tasks: Annotated[int, typer.Option(help="tasks of the accuracy after the last meta-step")] = Race.test_tasks,
+    data: Annotated[DataName, _option("data")] = Config.data,
+    root: Annotated[str | None, _option("root")] = Config.root,
+    lam: Annotated[float, _option("lam")] = Config.lam,
+    inner_lr: Annotated[float, _option("inner_lr")] = Config.inner_lr,
+    inner_steps: Annotated[int, _option("inner_steps")] = Config.inner_steps,
+    cg_steps: Annotated[int, _option("cg_steps")] = Config.cg_steps,
+    meta_steps: Annotated[int, typer.Option(help="meta-steps of every run")] = 500,
+    tasks: Annotated[int, _option("tasks")] = Config.tasks,
+    validate_every: Annotated[int, typer.Option(help="meta-steps between the points of a curve")] = 50,
+    validation_tasks: Annotated[int, _option("validation_tasks")] = Config.validation_tasks,
+    device: Annotated[str, _option("device")] = Config.device,
+    threads: Annotated[int, _option("threads")] = Config.threads,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
+) -> None:
+    """Compare meta-gradients by what they learn in equal meta-steps and in equal time: a table and a picture."""
+    with _explained():
+        base = Config(
+            data=data, root=root, lam=lam, inner_lr=inner_lr, inner_steps=inner_steps, cg_steps=cg_steps,
+            meta_steps=meta_steps, tasks=tasks, validate_every=validate_every, validation_tasks=validation_tasks,
+            device=device, threads=threads, schedule="constant", log_every=validate_every,
+        )  # fmt: skip
+        plan = Race(base, tuple(variant or VARIANTS), seeds, test_tasks)
+        done = race(plan, out, typer.echo, quiet=quiet)
+        typer.echo(f"{'done' if done else 'stopped (the same command goes on)'}: {out / RACE_TABLE}, {out / PICTURE}")
 
 
 def _fetch(config: Config) -> None:

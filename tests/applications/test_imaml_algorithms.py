@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from applications.imaml.algorithms import adapt
 from applications.imaml.config import Config
 from applications.imaml.episodes import Tasks
+from applications.imaml.network import initialize
 from tests.helpers.few_shot import (
     LAM,
     SIZES,
@@ -16,6 +18,7 @@ from tests.helpers.few_shot import (
     cross_entropy,
     descended,
     each,
+    evaluate,
     logits,
     meta_gradient,
     named,
@@ -57,6 +60,44 @@ def by_autograd(theta, tasks, **how):
     losses = [cross_entropy(phi, t.query_images, t.query_labels) for phi, t in zip(phis, each(tasks), strict=True)]
     loss = torch.stack(losses).mean()
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def plain_forward(parameters, images):
+    """The convolutional network of the Omniglot experiments, by PyTorch's own operations alone."""
+    x = images
+    for block in range(4):
+        # Channels last, [height, width, in, out].
+        weight = parameters[f"convolution{block}.weight"].permute(3, 2, 0, 1)
+        x = F.conv2d(x, weight, parameters[f"convolution{block}.bias"], stride=2, padding=1)
+        scale, shift = (parameters[f"normalization{block}.{name}"] for name in ("scale", "shift"))
+        x = F.batch_norm(x, None, None, scale, shift, training=True).relu()
+        x = F.pad(x, (0, 1, 0, 1)) if block == 1 else x
+    return x.movedim(1, -1).flatten(1) @ parameters["linear.weight"].T + parameters["linear.bias"]
+
+
+def test_path_through_the_convolutions_is_what_pytorch_records():
+    network = {name: value.double() for name, value in initialize(5, 1, torch.Generator().manual_seed(0)).items()}
+    labels = torch.arange(5).expand(2, 5)
+    tasks = Tasks(
+        torch.rand(2, 5, 1, 28, 28, dtype=torch.float64),
+        labels,
+        torch.rand(2, 5, 1, 28, 28, dtype=torch.float64),
+        labels,
+    )
+    leaves = {name: value.clone().requires_grad_() for name, value in network.items()}
+    losses = []
+    for task in each(tasks):
+        phi = leaves
+        for _ in range(2):
+            loss = F.cross_entropy(plain_forward(phi, task.support_images), task.support_labels)
+            slopes = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            phi = {name: value - 0.1 * slope for (name, value), slope in zip(phi.items(), slopes, strict=True)}
+        losses.append(F.cross_entropy(plain_forward(phi, task.query_images), task.query_labels))
+    torch.stack(losses).mean().backward()
+    expected = torch.cat([leaf.grad.flatten() for leaf in leaves.values()])
+    found = evaluate(network, tasks, Config(algorithm="maml", lam=0.0, inner_lr=0.1, inner_steps=2))
+    torch.testing.assert_close(found.outcome.query_loss, torch.stack(losses).detach())
+    assert (found.gradient - expected).norm() < 1e-9 * expected.norm()
 
 
 @pytest.mark.parametrize("lam", [0.0, LAM])

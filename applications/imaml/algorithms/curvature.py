@@ -73,10 +73,10 @@ class UnguardedCG(il.LinearSolver):
             Ap = operator(p)
             pp, pAp = _dot(p, p), _dot(p, Ap)
             # A residual of zero is a solution, and stays one.
-            alpha = torch.where(rr > 0, rr / torch.where(pAp == 0, 1, pAp), 0)
+            alpha = torch.where(rr > 0, rr / pAp, 0)
             x, r = x + alpha * p, r - alpha * Ap
             rr, before = _dot(r, r), rr
-            p = r + torch.where(before > 0, rr / torch.where(before > 0, before, 1), 0) * p
+            p = r + torch.where(before > 0, rr / before, 0) * p
             quotient = pAp / pp
             low, high = torch.fmin(low, quotient), torch.fmax(high, quotient)
         status = torch.full(b.shape[:-1], int(il.Status.NOT_CHECKED), device=b.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -43,9 +43,9 @@ def adapt(
         The solution; its value is the task's parameters, all of them.
     """
     anchor = network_of(theta)
-    objective, seen, unknown = _SUPPORT_LOSS, task.support_images, list(anchor)
+    objective, seen, unknown = _SUPPORT_LOSS, task.support_images, tuple(anchor)
     if config.algorithm == "anil":
-        objective, seen, unknown = _HEAD_LOSS, networks.features(anchor, task.support_images), list(HEAD)
+        objective, seen, unknown = _HEAD_LOSS, networks.features(anchor, task.support_images), HEAD
     solution = il.argmin(
         objective,
         _chosen(anchor if start is None else start, unknown),
@@ -61,7 +61,7 @@ def adapt(
     return replace(solution, value={**anchor, **solution.value})
 
 
-def _chosen(parameters: Parameters, names: list[str]) -> Parameters:
+def _chosen(parameters: Parameters, names: Iterable[str]) -> Parameters:
     return {name: parameters[name] for name in names}
 
 

@@ -72,8 +72,8 @@ def over_tasks(judge: Callable[[Parameters, Tasks], Judged]) -> MetaLoss:
     """
 
     def loss(theta: Parameters, tasks: Tasks) -> Outcome:
-        losses, *record = torch.vmap(judge, in_dims=(None, 0))(theta, tasks)
-        return Outcome(losses.mean(), *record)
+        losses, query_loss, query_accuracy, support_loss, solution = torch.vmap(judge, in_dims=(None, 0))(theta, tasks)
+        return Outcome(losses.mean(), query_loss, query_accuracy, support_loss, solution)
 
     return loss
 
