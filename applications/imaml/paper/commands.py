@@ -139,7 +139,9 @@ def paper_command(
     query_sets: Annotated[int | None, typer.Option(help=help_of("query_sets"))] = None,
     curvature: Annotated[CurvatureName | None, typer.Option(help="of iMAML, in the place of the settings'")] = None,
     test_tasks: Annotated[int, typer.Option(help="tasks of an evaluation")] = Protocol.tasks,
-    data: Annotated[DataName | None, typer.Option(help="other images, to rehearse: their numbers don't compare")] = None,
+    data: Annotated[
+        DataName | None, typer.Option(help="other images, to rehearse: their numbers don't compare")
+    ] = None,
     device: Annotated[str, typer.Option(help=help_of("device"))] = Config.device,
     threads: Annotated[int, typer.Option(help=help_of("threads"))] = Config.threads,
     time_limit: Annotated[float | None, typer.Option(help="seconds after which to stop cleanly and save")] = None,

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from applications.imaml.device import use
 from applications.imaml.paper.chart import FIRST_ORDER, IMAML, MAML, Chart, Panel, Series, Style
 from applications.imaml.paper.hardware import hardware
 from applications.imaml.paper.probe import Memory, given, meta_gradient
+from applications.imaml.train import RunError
 
 __all__ = ["CostSettings", "memory", "seconds"]
 
@@ -117,7 +118,7 @@ def memory(settings: CostSettings) -> Chart:
         The figure.
 
     Raises:
-        RuntimeError: if a process fails, for instance for lack of memory.
+        RunError: if a process fails, for instance for lack of memory.
     """
     gradient = _probe(settings.config("imaml", 1), gradient=True)
     unit = gradient.peak - gradient.before
@@ -181,9 +182,9 @@ def _probe(config: Config, *, gradient: bool = False) -> Memory:
             env=os.environ | {"PYTHONPATH": paths},
         )
     if done.returncode:
-        raise RuntimeError(
+        raise RunError(
             f"measuring {config.algorithm} with {config.inner_steps} steps failed (exit status {done.returncode}): "
-            f"{done.stderr.strip()[-500:]}"
+            f"{done.stderr.strip()[-500:]}; pass fewer steps, tasks, ways or shots if memory was short."
         )
     return Memory(**json.loads(done.stdout))
 
@@ -214,7 +215,7 @@ def _title(what: str, settings: CostSettings) -> str:
 
 
 def _recorded(settings: CostSettings) -> dict[str, object]:
-    return asdict(replace(settings)) | {"hardware": hardware(settings.device)}
+    return asdict(settings) | {"hardware": hardware(settings.device)}
 
 
 def _growth(series: Series, unit: str, gradients: float | None = None) -> str:

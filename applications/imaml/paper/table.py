@@ -13,7 +13,7 @@ from applications.imaml.checkpoint import write_atomically
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
-from applications.imaml.paper.cells import Cell, Overrides, SettingsName, TableName, cells_of, config_of
+from applications.imaml.paper.cells import Overrides, SettingsName, TableName, cells_of, config_of
 from applications.imaml.paper.hardware import hardware
 from applications.imaml.paper.results import CellResult, SeedResult, as_json, as_markdown
 from applications.imaml.train import CONFIG, Limits, RunError, train
@@ -59,10 +59,6 @@ class Request:
             raise ConfigError(f"seconds={self.seconds} cannot be; pass a number above 0.")
 
 
-class _Stopped(Exception):
-    """Training was stopped before its last meta-step."""
-
-
 def fill(request: Request, out: Path, told: Callable[[str], None]) -> tuple[bool, str, list[Path]]:
     """Train and evaluate what is missing, all cells with one seed before any with the next.
 
@@ -97,10 +93,10 @@ def fill(request: Request, out: Path, told: Callable[[str], None]) -> tuple[bool
         before = results[cell.name]
         try:
             seed = _done(config, folder, request.protocol) or _filled(config, folder, request, begun)
+            if seed is None:
+                complete = False
+                break
             results[cell.name] = CellResult(cell, [*before.seeds, seed], before.failures)
-        except _Stopped:
-            complete = False
-            break
         except RunError as error:
             if not (folder / checkpoint.POINTER).exists():
                 raise
@@ -112,14 +108,14 @@ def fill(request: Request, out: Path, told: Callable[[str], None]) -> tuple[bool
     return complete, text, files
 
 
-def _filled(config: Config, folder: Path, request: Request, begun: float) -> SeedResult:
-    """Train to the end and evaluate."""
+def _filled(config: Config, folder: Path, request: Request, begun: float) -> SeedResult | None:
+    """Train to the end and evaluate; None if training was stopped before."""
     left = None if request.seconds is None else request.seconds - (time.monotonic() - begun)
     if left is not None and left <= 0:
-        raise _Stopped
+        return None
     done = train(config, folder, Limits(left, request.quiet), resume=(folder / CONFIG).exists())
     if done < config.meta_steps:
-        raise _Stopped
+        return None
     evaluation = evaluate(config, folder, request.protocol)
     evaluation.save(folder / REPORT)
     result = SeedResult(
@@ -162,8 +158,8 @@ def _check_same(config: Config, folder: Path) -> None:
     if differing:
         told = ", ".join(f"{name}={getattr(saved, name)!r} there, {getattr(config, name)!r} now" for name in differing)
         raise ConfigError(
-            f"{folder} holds a run with other settings ({told}), and a cell goes on as it began; pass the same settings, "
-            f"or another folder."
+            f"{folder} holds a run with other settings ({told}), and a cell goes on as it began; pass the same "
+            f"settings, or another folder."
         )
 
 
