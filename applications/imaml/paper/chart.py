@@ -20,7 +20,7 @@ from applications.imaml.checkpoint import write_atomically
 from applications.imaml.figures import BLUE, GREEN, ORANGE
 
 # The rest of Okabe and Ito's colours that stand out from white.
-PURPLE, SKY, AMBER, GREY = "#CC79A7", "#56B4E9", "#E69F00", "#666666"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#666666"
 # As many marks as this fit on a curve.
 _MARKS = 12
 
@@ -35,7 +35,7 @@ class Style(NamedTuple):
 
 IMAML, MAML, FIRST_ORDER = Style(BLUE, "-", "o"), Style(ORANGE, "--", "s"), Style(GREEN, "-.", "^")
 IMAML_FEW, IMAML_SOME = Style(SKY, ":", "v"), Style(PURPLE, "-", "D")
-EXACT, ESTIMATE = Style(GREY, "-", ""), Style(AMBER, "--", "x")
+EXACT, ESTIMATE = Style(GREY, "-", ""), Style(BLACK, "--", "x")
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     if panel.log_y:
-        axes.set_yscale("log")
+        # An error of exactly zero has no place on this scale, and is left out.
+        axes.set_yscale("log", nonpositive="mask")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
