@@ -1,11 +1,7 @@
-"""Command line: ``python -m applications.imaml train | evaluate | adapt | demo | race``."""
+"""Command line: ``python -m applications.imaml train | evaluate | adapt | demo | race | paper | figures``."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +13,7 @@ from applications.datasets.download import download as fetch
 from applications.datasets.omniglot import MINIMAL
 from applications.imaml.answer_sheet import draw_answers
 from applications.imaml.answers import SHEET, TABLE, answer
-from applications.imaml.checkpoint import CheckpointError, CheckpointName
+from applications.imaml.checkpoint import CheckpointName
 from applications.imaml.config import (
     AlgorithmName,
     BatchNorm,
@@ -33,11 +29,13 @@ from applications.imaml.config import (
 from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
+from applications.imaml.explained import explained as _explained
 from applications.imaml.fewshot import Learner
+from applications.imaml.paper.commands import figures, paper_command
 from applications.imaml.processes import joined
 from applications.imaml.race import PICTURE, VARIANTS, Race, race
 from applications.imaml.race import TABLE as RACE_TABLE
-from applications.imaml.run_folder import CONFIG, CURVE, METRICS, RunError
+from applications.imaml.run_folder import CONFIG, CURVE, METRICS
 from applications.imaml.train import Limits, train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -248,6 +246,10 @@ def race_command(
         typer.echo(f"{'done' if done else 'stopped (the same command goes on)'}: {out / RACE_TABLE}, {out / PICTURE}")
 
 
+app.command("paper")(paper_command)
+app.add_typer(figures, name="figures")
+
+
 def _fetch(config: Config) -> None:
     if config.root is None:
         raise ConfigError("root=None, so there is nowhere to download to; pass the folder for the archives.")
@@ -271,17 +273,6 @@ def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Co
                 f"began; leave the option out, or start a run in a new folder."
             )
     return replace(saved, **typed)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Foreseen errors are told in a line, not in a traceback."""
-    try:
-        yield
-    except (ConfigError, RunError, CheckpointError, OSError, ValueError) as error:
-        rank = os.environ.get("RANK")
-        typer.echo(f"error: {error}" if rank is None else f"error in process {rank}: {error}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,223 @@
+"""The cells of the paper's tables: what is trained in each, and the number that the paper has there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from applications.imaml.config import Config, ConfigError, CurvatureName, DataName
+
+__all__ = ["TABLES", "Cell", "Number", "Overrides", "SettingsName", "TableName", "cells_of", "config_of"]
+
+TableName = Literal["omniglot", "mini-imagenet"]
+RowName = Literal["imaml-gd", "imaml-hf", "first-order"]
+SettingsName = Literal["tuned", "paper"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """An accuracy in percent.
+
+    Args:
+        mean: over tasks.
+        interval: half of a 95 % interval.
+    """
+
+    mean: float
+    interval: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.interval:.2f}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Args:
+        table: which.
+        row: short name of the algorithm.
+        ways: classes of a task.
+        shots: support images of a class.
+        published: what the paper has there; for the first-order row, what it quotes for first-order MAML.
+    """
+
+    table: TableName
+    row: RowName
+    ways: int
+    shots: int
+    published: Number
+
+    @property
+    def column(self) -> str:
+        """Its column's heading."""
+        return f"{self.ways}-way {self.shots}-shot"
+
+    @property
+    def algorithm(self) -> str:
+        """Its row's heading."""
+        return _HEADINGS[self.row]
+
+    @property
+    def name(self) -> str:
+        """By which it is chosen, and which its folder has."""
+        return f"{self.ways}way-{self.shots}shot-{self.row}"
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a table's settings are replaced by; None leaves them.
+
+    Args:
+        data: images in the place of the table's own, to rehearse it; its numbers compare with nothing.
+        root: folder with the files of the dataset.
+        meta_steps: for a smaller budget.
+        tasks: of a meta-step, likewise.
+        query_sets: of a training task.
+        curvature: of iMAML's linear system.
+        device: where.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+    """
+
+    data: DataName | None = None
+    root: str | None = None
+    meta_steps: int | None = None
+    tasks: int | None = None
+    query_sets: int | None = None
+    curvature: CurvatureName | None = None
+    device: str = Config.device
+    threads: int = Config.threads
+
+
+_HEADINGS: Mapping[RowName, str] = MappingProxyType(
+    {
+        "imaml-gd": "iMAML, gradient descent",
+        "imaml-hf": "iMAML, Hessian-free",
+        "first-order": "first-order",
+    }
+)
+
+_COLUMNS: Mapping[TableName, Sequence[tuple[int, int]]] = MappingProxyType(
+    {"omniglot": ((5, 1), (5, 5), (20, 1), (20, 5)), "mini-imagenet": ((5, 1),)}
+)
+
+# Rajeswaran et al. 2019, tables 2 and 3, which quote first-order MAML from Nichol et al. 2018.
+_PUBLISHED: Mapping[TableName, Mapping[RowName, Sequence[tuple[float, float]]]] = MappingProxyType(
+    {
+        "omniglot": {
+            "imaml-gd": ((99.16, 0.35), (99.67, 0.12), (94.46, 0.42), (98.69, 0.1)),
+            "imaml-hf": ((99.50, 0.26), (99.74, 0.11), (96.18, 0.36), (99.14, 0.1)),
+            "first-order": ((98.3, 0.5), (99.2, 0.2), (89.4, 0.5), (97.9, 0.1)),
+        },
+        "mini-imagenet": {
+            "imaml-gd": ((48.96, 1.84),),
+            "imaml-hf": ((49.30, 1.88),),
+            "first-order": ((48.07, 1.75),),
+        },
+    }
+)
+
+TABLES: Mapping[TableName, Sequence[Cell]] = MappingProxyType(
+    {
+        table: tuple(
+            Cell(table, row, ways, shots, Number(*number))
+            for row, numbers in _PUBLISHED[table].items()
+            for (ways, shots), number in zip(_COLUMNS[table], numbers, strict=True)
+        )
+        for table in get_args(TableName)
+    }
+)
+"""All cells of each table, row by row."""
+
+# The paper says neither how many Newton steps its Hessian-free solver makes nor how they are counted.
+_NEWTON_STEPS = 3
+_META_STEPS = 20_000
+# As in MAML, whose protocol the paper follows.
+_MINI_IMAGENET_QUERIES, _MINI_IMAGENET_TASKS = 15, 4
+
+
+def cells_of(table: TableName, chosen: Sequence[str]) -> list[Cell]:
+    """The cells to fill.
+
+    Args:
+        table: which.
+        chosen: names or parts of names, such as "5way-1shot" or "imaml-hf"; all cells without.
+
+    Returns:
+        Those cells whose name has one of the parts in it, in the table's order.
+
+    Raises:
+        ConfigError: if a part is in no cell's name.
+    """
+    cells = TABLES[table]
+    for part in chosen:
+        if not any(_matches(cell, part) for cell in cells):
+            raise ConfigError(
+                f"cells={part!r} is in no cell of {table}; pass one of {', '.join(cell.name for cell in cells)}, or a "
+                f"part of such a name."
+            )
+    return [cell for cell in cells if not chosen or any(_matches(cell, part) for part in chosen)]
+
+
+def _matches(cell: Cell, part: str) -> bool:
+    # Whole words, so that 5way-1shot is not 25way-1shot nor 5way-15shot.
+    return f"-{part}-" in f"-{cell.name}-"
+
+
+def config_of(cell: Cell, settings: SettingsName, seed: int, overrides: Overrides) -> Config:
+    """What a cell is trained with.
+
+    Args:
+        cell: which.
+        settings: "tuned" for this application's defaults, with the budget of the paper; "paper" for what it says.
+        seed: of the run.
+        overrides: what is different.
+
+    Returns:
+        The settings of its run.
+
+    Raises:
+        ConfigError: if they cannot be.
+    """
+    mini, first_order = cell.table == "mini-imagenet", cell.row == "first-order"
+    given = {name: value for name, value in vars(overrides).items() if value is not None}
+    if first_order:
+        # It has no linear system.
+        given.pop("curvature", None)
+    if given.get("data") == "glyphs":
+        given.pop("root", None)
+    values: dict[str, Any] = {
+        "data": cell.table,
+        "ways": cell.ways,
+        "shots": cell.shots,
+        "queries": _MINI_IMAGENET_QUERIES if mini else cell.shots,
+        # Where there is one query image a class, others are there to be used.
+        "query_sets": 4 if settings == "tuned" and not mini and cell.shots == 1 else 1,
+        "algorithm": "fomaml" if first_order else "imaml",
+        "inner": "hessian-free" if cell.row == "imaml-hf" else "gradient",
+        "meta_steps": _META_STEPS,
+        "tasks": _MINI_IMAGENET_TASKS if mini else 32,
+        "checkpoint_every": 500,
+        "seed": seed,
+    }
+    return Config(**values | (_paper(cell) if settings == "paper" else _tuned(cell)) | given)
+
+
+def _tuned(cell: Cell) -> dict[str, Any]:
+    return {"inner_steps": _NEWTON_STEPS, "cg_steps": 5} if cell.row == "imaml-hf" else {}
+
+
+def _paper(cell: Cell) -> dict[str, Any]:
+    mini = cell.table == "mini-imagenet"
+    descent = 10 if mini else {5: 16, 20: 25}[cell.ways]
+    return {
+        "lam": 0.5 if mini else 2.0,
+        "inner_lr": 0.1,
+        "inner_steps": _NEWTON_STEPS if cell.row == "imaml-hf" else descent,
+        "cg_steps": 5,
+        "meta_lr": 1e-3,
+        "schedule": "constant",
+        **({} if cell.row == "first-order" else {"curvature": "hessian-unguarded"}),
+    }
