@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,8 @@ class LBFGS(Solver[_State]):
 
     Choose it when gradients are cheap and second derivatives are not; a few tens of evaluations usually reach the
     tolerance. Where this differs from the textbook: a pair with sᵀy ≤ ε‖s‖‖y‖ in some lane (backtracking does not
-    enforce the curvature condition) is kept with weight zero in that lane, so that all lanes share one memory.
+    enforce the curvature condition) is kept with weight zero in that lane, so that all lanes share one memory. The
+    first step costs one evaluation more, which tells the scale of the problem.
 
     Args:
         memory: pairs kept.
@@ -78,12 +79,14 @@ class LBFGS(Solver[_State]):
         direction = -_two_loop(state.memory.pairs, old.F)
         first = torch.ones_like(old.objective)
         if not state.memory.pairs:
-            # Nothing is known of the curvature yet: the first step is no longer than one.
-            first = 1 / norm(old.F).clamp_min(1)
+            first = _first_step(problem, old)
         new, search = descend(problem, old, direction, old.F, first, self.line_search, self.looks)
-        pairs = (*state.memory.pairs, _pair(new.x - old.x, new.F - old.F))[-self.memory :]
+        memory = self._remember(state.memory, old, new)
         progress = state.progress.advance((old.x, old.F), (new.x, new.F), new.objective)
-        return _State(new, _Memory(pairs), progress, search)
+        return _State(new, memory, progress, search)
+
+    def at_solution(self) -> LBFGS:
+        return _Settled(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def terminate(self, problem: Bound, state: _State) -> Tensor:
         status = state.progress.verdict(self, patience=20)
@@ -98,10 +101,41 @@ class LBFGS(Solver[_State]):
     def resume(self, problem: Bound, state: _State) -> _State:
         return self.init(problem, state.point.x)._replace(memory=state.memory)
 
+    def _remember(self, memory: _Memory, old: Point, new: Point) -> _Memory:
+        return _Memory((*memory.pairs, _pair(new.x - old.x, new.F - old.F, old.x))[-self.memory :])
 
-def _pair(s: Tensor, y: Tensor) -> _Pair:
+
+@dataclass(frozen=True)
+class _Settled(LBFGS):
+    """L-BFGS with the pairs that it has: at a solution new ones are rounding and would drive the good ones out."""
+
+    def _remember(self, memory: _Memory, old: Point, new: Point) -> _Memory:
+        return memory
+
+
+def _first_step(problem: Bound, at: Point) -> Tensor:
+    """Step size ``[*lanes]`` along -F while no pair is known: the zero of the slope as a probe of length one tells it.
+
+    For a quadratic that is the minimum along the line, whatever its scale. A bad guess must be harmless to a search
+    that halves thirty times, so no step is longer than 2²⁸. Where the slope stays the same the step is longer than the
+    probe, to find where it changes; where it falls, none is longer than one.
+    """
+    size = norm(at.F)
+    unit = at.F / torch.where(size > 0, size, torch.ones_like(size)).unsqueeze(-1)
+    rise = size - dot(problem.value_and_residual(at.x - unit)[1], unit)
+    flat = rise.abs() <= 2.0**-28 * size
+    usable = torch.isfinite(rise) & (rise > 0) & ~flat
+    length = size / torch.where(usable, rise, torch.ones_like(rise))
+    length = torch.where(usable, length, torch.where(flat, 128 * torch.ones_like(size), size.clamp_max(1)))
+    # Where F is zero the length is nothing, but the derivative of a recorded step is not.
+    return torch.where(size > 0, length / torch.where(size > 0, size, torch.ones_like(size)), torch.ones_like(size))
+
+
+def _pair(s: Tensor, y: Tensor, x: Tensor) -> _Pair:
     sy, ss, yy = dot(s, y), dot(s, s), dot(y, y)
-    good = sy > torch.finfo(s.dtype).eps * (ss * yy).sqrt()
+    eps = torch.finfo(s.dtype).eps
+    # A step of rounding size says nothing about the curvature.
+    good = (sy > eps * (ss * yy).sqrt()) & (ss > (16 * eps) ** 2 * dot(x, x))
     one = torch.ones_like(sy)
     rho = torch.where(good, 1 / torch.where(good, sy, one), torch.zeros_like(sy))
     return _Pair(s, y, rho, torch.where(good, sy / torch.where(good, yy, one), one))

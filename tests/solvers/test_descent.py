@@ -215,3 +215,30 @@ def test_a_search_that_fails_names_itself():
     # The operation before it is what the library sees of x.
     status = status_of(lambda x: Lying.apply(x * 1), ZERO + 1, il.LBFGS())
     assert status == il.Status.LINE_SEARCH_FAILED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-10, -6, -2, 2, 4, 6])
+def test_lbfgs_finds_the_scale_of_the_unknown(exponent, dtype):
+    scale = 10.0**exponent
+    start = torch.zeros(3, dtype=dtype)
+    solution = il.argmin(lambda x: ((x - scale) / scale).square().sum(), start, solver=il.LBFGS())
+    torch.testing.assert_close(solution.value / scale, torch.ones_like(start), rtol=0, atol=1e-5)
+    # A quadratic with one curvature: the first step is all but exact.
+    assert solution.stats.steps <= 3
+
+
+def test_many_recorded_steps_of_lbfgs_at_the_solution_do_no_harm():
+    """Pairs of steps of rounding size would multiply the derivative without bound."""
+    theta = normal(4, seed=1)
+    A = spd(4)
+
+    def layer(theta, adjoint):
+        objective = lambda x, t: (x @ A @ x) / 2 - (x * t.sin()).sum() + 0.1 * (x * t).pow(4).sum()  # noqa: E731
+        solver = il.LBFGS(rtol=1e-10)
+        return il.argmin(objective, torch.zeros(4, dtype=F64), theta, solver=solver, adjoint=adjoint).value
+
+    exact = torch.func.jacrev(lambda t: layer(t, il.Implicit(il.Dense())))(theta)
+    for steps in (10, 30, 60):
+        ours = torch.func.jacrev(lambda t, steps=steps: layer(t, il.OneStep(steps)))(theta)
+        assert (ours - exact).abs().max() < 1e-3
