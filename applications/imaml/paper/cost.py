@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,10 +212,10 @@ def _wait(device: torch.device) -> None:
 
 
 def _title(what: str, settings: CostSettings) -> str:
-    return f"{what}: {settings.tasks} task(s), {settings.ways}-way {settings.shots}-shot, {settings.cg_steps} CG steps"
+    return f"{what}: {settings.ways}-way {settings.shots}-shot, tasks: {settings.tasks}, CG steps: {settings.cg_steps}"
 
 
-def _recorded(settings: CostSettings) -> dict[str, object]:
+def _recorded(settings: CostSettings) -> dict[str, Any]:
     return asdict(settings) | {"hardware": hardware(settings.device)}
 
 
