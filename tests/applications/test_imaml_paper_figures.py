@@ -18,15 +18,9 @@ from applications.imaml.paper import cost, smooth
 from applications.imaml.paper.accuracy import AccuracySettings, accuracy_of_gradients, relative_error
 from applications.imaml.paper.chart import IMAML, MAML, Chart, Panel, Series
 from applications.imaml.paper.cost import CostSettings
+from applications.imaml.paper.linear import Exact, RegressionSettings, Way, draw_tasks, meta_gradient
 from applications.imaml.paper.probe import Memory
-from applications.imaml.paper.regression import (
-    Exact,
-    RegressionSettings,
-    Way,
-    draw_tasks,
-    meta_gradient,
-    regression,
-)
+from applications.imaml.paper.regression import regression
 from applications.imaml.paper.smooth import SmoothProblem
 from applications.imaml.train import RunError
 
@@ -158,6 +152,7 @@ def test_series_has_the_spread_of_its_repeats(tmp_path):
         (AccuracySettings, {"lr": 0.0}, r"lr=0\.0"),
         (AccuracySettings, {"most_cg_steps": 0}, "most_cg_steps=0"),
         (CostSettings, {"most_path_steps": 0}, "most_path_steps=0"),
+        (CostSettings, {"clock": "cpu", "device": "cuda"}, "clock='cpu'"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, wrong, told):
@@ -306,12 +301,15 @@ def test_probe_tells_what_failed(monkeypatch, tmp_path):
 
 
 def test_time_figure_times_every_algorithm(tmp_path):
-    chart = cost.seconds(CostSettings(ways=2, shots=1, most_inner_steps=2, most_path_steps=1, repeats=2, threads=1))
+    chart = cost.seconds(
+        CostSettings(ways=2, shots=1, most_inner_steps=2, most_path_steps=1, repeats=2, threads=1, clock="cpu")
+    )
     implicit, path, first_order = chart.panels[0].series
     assert (implicit.x, path.x, first_order.x) == ([1, 2], [1], [1, 2])
     assert path.style == MAML
     assert all(0 < low <= high for low, high in zip(implicit.low, implicit.high, strict=True))
     assert chart.findings[-1].startswith("with 1 inner steps MAML takes")
+    assert (chart.panels[0].ylabel, implicit.repeats) == ("CPU time (s)", 2)
     check_files(chart, tmp_path)
 
 
