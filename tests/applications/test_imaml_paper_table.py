@@ -204,6 +204,8 @@ def test_cells_are_chosen_by_whole_words():
     assert "20way-5shot-imaml-gd" in names
     assert "5way-5shot-imaml-gd" not in names
     assert len(cells_of("omniglot", [])) == 12
+    with pytest.raises(ConfigError, match="cells='way'"):
+        cells_of("omniglot", ["way"])
 
 
 @pytest.mark.parametrize("settings", ["tuned", "paper"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from applications.imaml.checkpoint import write_atomically
@@ -23,6 +24,10 @@ from applications.imaml.figures import BLUE, GREEN, ORANGE
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#666666"
 # As many marks as this fit on a curve.
 _MARKS = 12
+# And so many letters of the title over a panel.
+_LETTERS = 60
+# A logarithmic scale has ticks at 1, 2 and 5 if it spans less than this, and at powers of ten otherwise.
+_FEW_DECADES = 1e3
 
 
 class Style(NamedTuple):
@@ -150,11 +155,11 @@ class Chart:
 
 def _draw(chart: Chart, path: Path) -> None:
     count = len(chart.panels)
-    figure = Figure(figsize=(5.2 * count + 0.4, 4.6), layout="constrained")
+    figure = Figure(figsize=(5.2 * count + 1.0, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, count, squeeze=False)[0], chart.panels, strict=True):
         _draw_panel(axes, panel)
-    figure.suptitle(chart.title, fontsize=12)
+    figure.suptitle(textwrap.fill(chart.title, _LETTERS * count), fontsize=12)
     figure.supxlabel(chart.spread, fontsize=9, color=GREY)
     figure.savefig(path, dpi=130)
 
@@ -183,5 +188,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.log_y:
         # An error of exactly zero has no place on this scale, and is left out.
         axes.set_yscale("log", nonpositive="mask")
+        low, high = axes.get_ylim()
+        if high / low < _FEW_DECADES:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)

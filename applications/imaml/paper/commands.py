@@ -14,8 +14,9 @@ from applications.imaml.explained import explained
 from applications.imaml.paper.accuracy import AccuracySettings, accuracy_of_gradients
 from applications.imaml.paper.cells import Overrides, SettingsName, TableName
 from applications.imaml.paper.chart import Chart
-from applications.imaml.paper.cost import CostSettings, memory, seconds
-from applications.imaml.paper.regression import RegressionSettings, regression
+from applications.imaml.paper.cost import Clock, CostSettings, memory, seconds
+from applications.imaml.paper.linear import RegressionSettings
+from applications.imaml.paper.regression import regression
 from applications.imaml.paper.table import Request, fill
 
 __all__ = ["figures", "paper_command"]
@@ -113,6 +114,9 @@ def time_command(
     most_inner_steps: _Steps = CostSettings.most_inner_steps,
     most_path_steps: _PathSteps = CostSettings.most_path_steps,
     repeats: Annotated[int, typer.Option(help="timed meta-steps")] = CostSettings.repeats,
+    clock: Annotated[
+        Clock, typer.Option(help="wall; or cpu: the process's own seconds, where others compute as well")
+    ] = CostSettings.clock,
     device: _Device = CostSettings.device,
     threads: _Threads = CostSettings.threads,
 ) -> None:

@@ -11,10 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from applications.imaml.config import AlgorithmName, Config, ConfigError
 from applications.imaml.device import use
@@ -23,7 +22,9 @@ from applications.imaml.paper.hardware import hardware
 from applications.imaml.paper.probe import Memory, given, meta_gradient
 from applications.imaml.run_folder import RunError
 
-__all__ = ["CostSettings", "memory", "seconds"]
+Clock = Literal["wall", "cpu"]
+
+__all__ = ["Clock", "CostSettings", "memory", "seconds"]
 
 _WAYS: tuple[tuple[AlgorithmName, str, Style], ...] = (
     ("imaml", "iMAML", IMAML),
@@ -48,6 +49,7 @@ class CostSettings:
         repeats: of a measured time; a peak of memory is one.
         device: where.
         threads: CPU threads; 0 leaves PyTorch's choice.
+        clock: "wall", or "cpu" for the process's own seconds over all its threads, where others compute as well.
 
     Raises:
         ConfigError: if a number cannot be.
@@ -62,8 +64,13 @@ class CostSettings:
     repeats: int = 3
     device: str = "cpu"
     threads: int = 0
+    clock: Clock = "wall"
 
     def __post_init__(self) -> None:
+        if self.clock == "cpu" and self.device != "cpu":
+            raise ConfigError(
+                f"clock='cpu' doesn't see what device={self.device!r} computes; pass clock='wall', or device='cpu'."
+            )
         for name in ("most_inner_steps", "most_path_steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} cannot be; pass an integer of at least 1.")
@@ -152,12 +159,22 @@ def seconds(settings: CostSettings) -> Chart:
         The figure.
     """
     device = use(settings.config("imaml", 1))
+    taken: dict[tuple[AlgorithmName, int], list[float]] = {
+        (algorithm, k): [] for algorithm, _, _ in _WAYS for k in settings.steps(algorithm)
+    }
+    # In turns, so that whatever else the machine does hits all alike; the first turn is the warm-up.
+    for turn in range(settings.repeats + 1):
+        for (algorithm, k), found in taken.items():
+            measured = _timed(settings.config(algorithm, k), settings.clock, device)
+            if turn:
+                found.append(measured)
     series = []
     for algorithm, label, style in _WAYS:
         steps = settings.steps(algorithm)
-        taken = torch.stack([_timed(settings.config(algorithm, k), settings.repeats, device) for k in steps])
-        series.append(Series.of(label, style, steps, taken))
-    panel = Panel("one meta-step", "inner gradient steps", "time (s)", series)
+        rows = torch.tensor([taken[algorithm, k] for k in steps], dtype=torch.float64)
+        series.append(Series.of(label, style, steps, rows))
+    what = "time (s)" if settings.clock == "wall" else "CPU time (s)"
+    panel = Panel("one meta-step", "inner gradient steps", what, series)
     return Chart(
         "time",
         _title("Time of a meta-step", settings),
@@ -190,20 +207,17 @@ def _probe(config: Config, *, gradient: bool = False) -> Memory:
     return Memory(**json.loads(done.stdout))
 
 
-def _timed(config: Config, repeats: int, device: torch.device) -> Tensor:
-    """Seconds of every meta-step but the first, ``[repeats]``."""
+def _timed(config: Config, clock: Clock, device: torch.device) -> float:
+    """Seconds of one meta-step."""
     start = given(config, device)
     optimizer = torch.optim.Adam(start.theta.values(), lr=config.meta_lr)
-    taken = []
-    for _ in range(repeats + 1):
-        _wait(device)
-        begun = time.perf_counter()
-        optimizer.zero_grad()
-        meta_gradient(start, config)
-        optimizer.step()
-        _wait(device)
-        taken.append(time.perf_counter() - begun)
-    return torch.tensor(taken[1:], dtype=torch.float64)
+    now = time.perf_counter if clock == "wall" else time.process_time
+    _wait(device)
+    begun = now()
+    meta_gradient(start, config)
+    optimizer.step()
+    _wait(device)
+    return now() - begun
 
 
 def _wait(device: torch.device) -> None:
@@ -212,7 +226,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _title(what: str, settings: CostSettings) -> str:
-    return f"{what}: {settings.tasks} task(s), {settings.ways}-way {settings.shots}-shot, {settings.cg_steps} CG steps"
+    return f"{what}: {settings.ways}-way {settings.shots}-shot, tasks: {settings.tasks}, CG steps: {settings.cg_steps}"
 
 
 def _recorded(settings: CostSettings) -> dict[str, Any]:
