@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from applications.datasets import ClassImages
 from applications.imaml import __main__ as command
-from applications.imaml import episodes
+from applications.imaml import episodes, train
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.episodes import Tasks
 from applications.imaml.paper import cost, smooth
@@ -22,7 +22,7 @@ from applications.imaml.paper.linear import Exact, RegressionSettings, Way, draw
 from applications.imaml.paper.probe import Memory
 from applications.imaml.paper.regression import regression
 from applications.imaml.paper.smooth import SmoothProblem
-from applications.imaml.train import Limits, RunError, train
+from applications.imaml.train import RunError
 
 SMALL = RegressionSettings(
     features=6, samples=4, tasks=3, condition=10, most_inner_steps=8, train_inner_steps=2, meta_steps=5, repeats=2
@@ -257,7 +257,7 @@ def test_accuracy_figure_has_truth_and_estimate(monkeypatch, tmp_path, trained):
     monkeypatch.setattr(smooth, "_HIDDEN", 3)
     run = tmp_path / "run" if trained else None
     if run is not None:
-        train(Config(ways=3, meta_steps=1, tasks=2, lam=0.5, device="cpu"), run, Limits(quiet=True))
+        train.train(Config(ways=3, meta_steps=1, tasks=2, lam=0.5, device="cpu"), run, train.Limits(quiet=True))
     chart = accuracy_of_gradients(AccuracySettings(tasks=2, most_inner_steps=4, most_cg_steps=4), run)
     assert chart.panels[2].title == f"{'the trained' if trained else 'a new'} network of the experiments, λ = " + (
         "0.5" if trained else "0.1"
