@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from applications.datasets import ClassImages
 from applications.imaml import __main__ as command
-from applications.imaml import episodes
-from applications.imaml.config import ConfigError
+from applications.imaml import episodes, train
+from applications.imaml.config import Config, ConfigError
 from applications.imaml.episodes import Tasks
 from applications.imaml.paper import cost, smooth
 from applications.imaml.paper.accuracy import AccuracySettings, accuracy_of_gradients, relative_error
@@ -248,13 +248,20 @@ def test_certificate_is_beside_the_truth(tiny):
         assert ((true / 3 < found.estimate) & (found.estimate < 30 * true)).all()
 
 
-def test_accuracy_figure_has_truth_and_estimate(monkeypatch, tmp_path):
+@pytest.mark.parametrize("trained", [False, True])
+def test_accuracy_figure_has_truth_and_estimate(monkeypatch, tmp_path, trained):
     images = torch.randint(0, 256, (14, 4, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     dataset = ClassImages(images, tuple(f"class {index}" for index in range(14)), "glyphs")
     monkeypatch.setattr(episodes, "load", lambda name, root, seed: dataset)
     monkeypatch.setattr(episodes, "SPLIT_SIZES", {"glyphs": {"train": 6, "validation": 3, "test": 5}})
     monkeypatch.setattr(smooth, "_HIDDEN", 3)
-    chart = accuracy_of_gradients(AccuracySettings(tasks=2, most_inner_steps=4, most_cg_steps=4))
+    run = tmp_path / "run" if trained else None
+    if run is not None:
+        train.train(Config(ways=3, meta_steps=1, tasks=2, lam=0.5, device="cpu"), run, train.Limits(quiet=True))
+    chart = accuracy_of_gradients(AccuracySettings(tasks=2, most_inner_steps=4, most_cg_steps=4), run)
+    assert chart.panels[2].title == f"{'the trained' if trained else 'a new'} network of the experiments, λ = " + (
+        "0.5" if trained else "0.1"
+    )
     for panel in chart.panels[1:]:
         true, estimate = (torch.tensor(list(series.median)) for series in panel.series)
         assert true[-1] < true[0]

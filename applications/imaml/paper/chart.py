@@ -25,7 +25,7 @@ PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#666666"
 # As many marks as this fit on a curve.
 _MARKS = 12
 # And so many letters of the title over a panel.
-_LETTERS = 60
+_LETTERS = 68
 # A logarithmic scale has ticks at 1, 2 and 5 if it spans less than this, and at powers of ten otherwise.
 _FEW_DECADES = 1e3
 

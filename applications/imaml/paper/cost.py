@@ -226,7 +226,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _title(what: str, settings: CostSettings) -> str:
-    return f"{what}: {settings.ways}-way {settings.shots}-shot, tasks: {settings.tasks}, CG steps: {settings.cg_steps}"
+    tasks = "1 task" if settings.tasks == 1 else f"{settings.tasks} tasks"
+    return f"{what}: {settings.ways}-way {settings.shots}-shot, {tasks}, {settings.cg_steps} CG steps"
 
 
 def _recorded(settings: CostSettings) -> dict[str, Any]:
