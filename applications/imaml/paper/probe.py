@@ -24,9 +24,9 @@ from applications.imaml.device import use
 from applications.imaml.episodes import Tasks, generator_for
 from applications.imaml.networks import Parameters, forward, initialize
 
-if sys.platform == "win32":
-    raise ImportError("Windows does not tell the peak memory of a process this way; run it on Linux or macOS.")
-import resource
+if sys.platform != "win32":
+    import resource
+
 
 __all__ = ["Given", "Memory", "given", "inner_gradient", "meta_gradient"]
 
@@ -110,6 +110,8 @@ def main(
 
 def _peak(*, anew: bool = False) -> int:
     """Largest resident memory so far; with `anew` it is counted from now on, where the system can."""
+    if sys.platform == "win32":
+        raise OSError("Windows does not tell the peak memory of a process this way; run it on Linux or macOS.")
     if sys.platform != "linux":
         # macOS counts in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
