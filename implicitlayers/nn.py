@@ -78,6 +78,13 @@ class _Layer(torch.nn.Module):
         self._keep(solution)
         return (solution.value, solution.aux) if self.has_aux else solution.value
 
+    def extra_repr(self) -> str:
+        """What is not a submodule: the shape of the start, and the choices that were made."""
+        names = self._x0_names
+        shapes = pytree.tree_map(lambda name: tuple(getattr(self, name).shape), names) if names is not None else "made"
+        choices = [("solver", self.solver), ("adjoint", self.adjoint)]
+        return ", ".join([f"x0={shapes}", *(f"{name}={choice!r}" for name, choice in choices if choice is not None)])
+
     @property
     @abstractmethod
     def _entry(self) -> Callable[..., Solution]:

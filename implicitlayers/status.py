@@ -47,7 +47,7 @@ class Status(IntEnum):
     MAX_STEPS = (
         1,
         "the step limit was reached before the tolerance",
-        "raise max_steps, loosen rtol/atol, start closer, or take a solver that suits the conditioning (LBFGS, Newton)",
+        "raise max_steps, loosen rtol/atol, start closer, scale the unknowns alike, or take Newton",
     )
     STALLED = (
         2,

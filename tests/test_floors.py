@@ -177,7 +177,8 @@ def user_breaches(folder: str, root: Path) -> list[str]:
 
 def installed_beyond_core() -> set[str]:
     """Top-level modules of this environment that the core dependencies do not bring along."""
-    closure, waiting = set(), list(CORE)
+    # torch asks the list of installed packages for optree and imports it if it stands there.
+    closure, waiting = {"optree"}, list(CORE)
     while waiting:
         name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
         if name in closure:

@@ -224,3 +224,11 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     # The mean of two means; the lanes stop each by itself, so that every row is solved as in one batch.
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(torch.load(answer), ours, rtol=0, atol=0)
+
+
+def test_a_layer_prints_what_it_is():
+    layer = il.nn.ArgminLayer(nn.Linear(2, 1), {"a": torch.zeros(2)}, solver=il.Newton(il.CG()))
+    assert "x0={'a': (2,)}, solver=Newton(linear_solver=CG(" in repr(layer)
+    assert "adjoint" not in repr(layer)
+    assert "(function): Linear(in_features=2" in repr(layer)
+    assert "x0=made" in repr(il.nn.RootLayer(lambda x, b: x - b, torch.zeros_like))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -67,6 +68,27 @@ def load_splits(config: Config, device: torch.device) -> dict[SplitName, ClassIm
     chosen = partition(dataset, config.data, config.split, config.split_seed, SPLIT_SIZES)
     check_disjoint(chosen)
     return {name: dataset.take(chosen[name]).to(device) for name in get_args(SplitName) if name in chosen}
+
+
+def check_ways(splits: Mapping[SplitName, ClassImages], ways: int) -> None:
+    """Refuse to train where validation or evaluation would find too few classes, hours later.
+
+    Args:
+        splits: of a run.
+        ways: classes of a task.
+
+    Raises:
+        ValueError: if a part has fewer classes than a task needs.
+    """
+    sizes = {name: len(part.images) for name, part in splits.items()}
+    if min(sizes.values()) < ways:
+        source = next(iter(splits.values())).source
+        parts = ", ".join(f"{count} for {name}" for name, count in sizes.items())
+        raise ValueError(
+            f"{source} has too few classes for ways={ways}: {parts}, and every part needs {ways} or more; bring more "
+            "classes, lay them out in folders train, validation and test, or pass ways of at most "
+            f"{min(sizes.values())}."
+        )
 
 
 class TaskSampler:

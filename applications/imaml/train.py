@@ -16,7 +16,7 @@ from applications.imaml.algorithms import initial_strengths, meta_loss
 from applications.imaml.checkpoint import Checkpoint, CheckpointError
 from applications.imaml.config import Config
 from applications.imaml.device import use
-from applications.imaml.episodes import Tasks, TaskSampler, generator_for, load_splits
+from applications.imaml.episodes import Tasks, TaskSampler, check_ways, generator_for, load_splits
 from applications.imaml.evaluate import accuracies
 from applications.imaml.events import Events, check_importable
 from applications.imaml.figures import draw_curve
@@ -112,6 +112,7 @@ class _Run:
         self._config, self._out, self._processes = config, out, processes
         self._device = use(config)
         splits = load_splits(config, self._device)
+        check_ways(splits, config.ways)
         self._train_generator = generator_for(config.seed, "training tasks", self._device)
         self._sampler = TaskSampler(
             splits["train"], config.ways, config.shots, config.queries, self._train_generator, config.query_sets

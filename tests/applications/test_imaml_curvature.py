@@ -80,7 +80,9 @@ def test_the_guard_makes_a_difference_where_the_hessian_is_indefinite(problem):
 def test_where_the_matrix_is_definite_both_are_conjugate_gradients(start):
     factor = torch.randn(2, N, N, dtype=torch.float64)
     A = factor @ factor.mT + torch.eye(N)
-    b, x0 = torch.randn(2, 2, N, dtype=torch.float64)
+    b = torch.randn(2, N, dtype=torch.float64)
+    # A start with a residual larger than b would be dropped by `CG`.
+    x0 = 0.9 * torch.linalg.solve(A, b)
     operator = il.Operator(lambda y: (A @ y.unsqueeze(-1)).squeeze(-1), symmetric=True)
     x0 = x0 if start else None
     ours = UnguardedCG(5).solve(operator, b, x0)

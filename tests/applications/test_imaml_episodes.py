@@ -1,12 +1,13 @@
 """Tasks: what is drawn, that support and query don't overlap, that a seed fixes it, that splits don't share classes."""
 
+import numpy as np
 import pytest
 import torch
 
 from applications.datasets import ClassImages
 from applications.imaml import episodes
 from applications.imaml.config import Config
-from applications.imaml.episodes import TaskSampler, generator_for, load_splits
+from applications.imaml.episodes import TaskSampler, check_ways, generator_for, load_splits
 
 CLASSES, PER_CLASS, SIDE = 12, 6, 4
 
@@ -142,3 +143,10 @@ def test_a_split_with_a_common_class_is_refused(monkeypatch):
     monkeypatch.setattr(episodes, "partition", lambda *_: shared)
     with pytest.raises(ValueError, match="class 1 is in part 'train' and again in part 'test'"):
         load_splits(Config(), torch.device("cpu"))
+
+
+def test_a_part_with_too_few_classes_is_refused_before_training(dataset):
+    splits = {"train": dataset, "validation": dataset.take(np.arange(2)), "test": dataset.take(np.arange(3))}
+    with pytest.raises(ValueError, match=r"ways=3: 12 for train, 2 for validation, 3 for test, .* ways of at most 2\."):
+        check_ways(splits, 3)
+    check_ways(splits, 2)

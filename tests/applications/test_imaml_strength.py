@@ -134,7 +134,7 @@ def test_a_run_learns_saves_and_reports_its_strengths(characters, monkeypatch, t
 )
 def test_command_knows_the_strength_that_an_algorithm_is_used_with(monkeypatch, tmp_path, options, lam):
     asked = []
-    monkeypatch.setattr(command, "train", lambda config, out, limits, resume: asked.append(config) or config.meta_steps)
+    monkeypatch.setattr(command, "train", lambda config, out, limits, **_: asked.append(config) or config.meta_steps)
     result = CliRunner().invoke(command.app, ["train", "--out", str(tmp_path / "run"), "--algorithm", *options])
     assert result.exit_code == 0, result.stderr
     assert [(config.algorithm, config.lam) for config in asked] == [(options[0], lam)]
