@@ -1,6 +1,5 @@
 """Tasks: what is drawn, that support and query don't overlap, that a seed fixes it, that splits don't share classes."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -146,7 +145,7 @@ def test_a_split_with_a_common_class_is_refused(monkeypatch):
 
 
 def test_a_part_with_too_few_classes_is_refused_before_training(dataset):
-    splits = {"train": dataset, "validation": dataset.take(np.arange(2)), "test": dataset.take(np.arange(3))}
+    splits = {"train": dataset, "validation": dataset.take(torch.arange(2)), "test": dataset.take(torch.arange(3))}
     with pytest.raises(ValueError, match=r"ways=3: 12 for train, 2 for validation, 3 for test, .* ways of at most 2\."):
         check_ways(splits, 3)
     check_ways(splits, 2)
