@@ -26,10 +26,10 @@ BOTH = replace(REQUEST, cells=("5way-1shot-imaml-gd", "5way-1shot-first-order"))
 
 @pytest.fixture(autouse=True)
 def _small_dataset(monkeypatch):
-    images = torch.randint(0, 256, (14, 4, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    dataset = ClassImages(images, tuple(f"class {index}" for index in range(14)), "glyphs")
+    images = torch.randint(0, 256, (16, 4, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    dataset = ClassImages(images, tuple(f"class {index}" for index in range(16)), "glyphs")
     monkeypatch.setattr(episodes, "load", lambda name, root, seed: dataset)
-    monkeypatch.setattr(episodes, "SPLIT_SIZES", {"glyphs": {"train": 6, "validation": 3, "test": 5}})
+    monkeypatch.setattr(episodes, "SPLIT_SIZES", {"glyphs": {"train": 6, "validation": 5, "test": 5}})
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_a_resumed_run_goes_on_as_it_began(whole):
 
 def test_errors_are_told_in_a_line(tmp_path):
     for arguments, message in (
-        (("train", "--out", tmp_path / "run", "--ways", "99"), "error: ways=99 asks for more classes"),
+        (("train", "--out", tmp_path / "run", "--ways", "99"), "error: glyphs has too few classes for ways=99"),
         (("train", "--out", tmp_path / "run", "--device", "cuda:77"), "error: device='cuda:77' cannot be used here"),
         (("train", "--out", tmp_path / "run", "--time-limit", "0"), "error: time_limit=0.0 cannot be"),
         (("train", "--out", tmp_path / "run", "--resume"), "does not exist, so there is no run"),
