@@ -108,9 +108,7 @@ def quadratic_program(
     solver = InteriorPoint() if solver is None else solver
     adjoint = Implicit(Dense()) if adjoint is None else adjoint
     _check_arguments(solver, adjoint, on_failure)
-    tensors, lanes, sizes = _laid_out(_complete(Q, q, A, b, G, h))
-    if solver.looks:
-        _check_symmetric(tensors[0])
+    tensors, lanes, sizes = _laid_out(_complete(Q, q, A, b, G, h, look=solver.looks))
     p, m = tensors[2].shape[-2], tensors[4].shape[-2]
     report = AdjointReport()
     start = torch.zeros(*sizes, tensors[1].shape[-1] + p + m, dtype=q.dtype, device=q.device)
@@ -118,8 +116,8 @@ def quadratic_program(
     with full_precision(start):
         outcome = Outcome(*ImplicitArgmin.apply(condition, start, *tensors))
     z = apply_policy(outcome, on_failure, "The quadratic program", looks=solver.looks)
-    stats = Stats(outcome.steps, outcome.residual, outcome.objective)
-    return Solution(PrimalDual(*KKTPoint.split(z, p, m)), outcome.status, stats, adjoint=report)
+    value, stats = PrimalDual(*KKTPoint.split(z, p, m)), Stats(outcome.steps, outcome.residual, outcome.objective)
+    return Solution(value, outcome.status, stats, adjoint=report)
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,10 @@ def _check_arguments(solver: InteriorPoint, adjoint: Adjoint, on_failure: str) -
         raise MisuseError('curvature="gauss_newton": a quadratic program is no Composite; leave curvature out.')
 
 
-def _complete(Q: Tensor, q: Tensor, A: Tensor | None, b: Tensor | None, G: Tensor | None, h: Tensor | None) -> Program:
-    """Check types and shapes, and put constraints without rows where there are none."""
+def _complete(
+    Q: Tensor, q: Tensor, A: Tensor | None, b: Tensor | None, G: Tensor | None, h: Tensor | None, *, look: bool
+) -> Program:
+    """Check types, shapes and, with `look`, values; put constraints without rows where there are none."""
     if not isinstance(q, Tensor) or q.ndim == 0:
         raise MisuseError("q is no vector; pass a tensor [..., n].")
     check_dense("q", q)
@@ -214,6 +214,8 @@ def _complete(Q: Tensor, q: Tensor, A: Tensor | None, b: Tensor | None, G: Tenso
                 f"{name} is {t.dtype} on {t.device}, but q is {q.dtype} on {q.device}; all six need one dtype and one "
                 "device."
             )
+    if look:
+        _check_symmetric(Q)
     return program
 
 
