@@ -3,7 +3,8 @@
 A difference quotient has two errors: truncation, which falls with the step, and noise, which rises as the step falls.
 Both are measured here. Noise is read off a difference table of equally spaced values, in which a smooth function
 vanishes and noise does not (Moré & Wild 2011, "Estimating computational noise"). Truncation is read off a Richardson
-table of central differences (Ridders 1982): neighbours in it would agree if there were none.
+table of central differences (Ridders 1982): neighbours in it would agree if there were none. A second table, of the
+differences between the slopes ahead and behind, tells whether x is a kink.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ NOISE_ORDERS = (4, 5, 6)
 # How many times the measured scatter an error is allowed to be; chosen on the study in tests/testing.
 NOISE_SAFETY = 4.0
 TRUNCATION_SAFETY = 2.0
+KINK = 10.0
+"""How many times its error a jump of the slope must be to count as one."""
 OUTSIDE = (Exception,)
 """What a function raises where it is not defined. Solvers have exceptions of their own, with nothing in common."""
 
@@ -82,7 +85,8 @@ def finite_difference(
 
     Returns:
         The derivative and the error estimate, both trees like f(x) with float64 tensors. The estimate is infinite where
-        no step gave a finite difference.
+        no step gave a finite difference. At a kink the derivative is the mean of both sides, and the estimate covers
+        both.
 
     Raises:
         TypeError: x or f(x) holds no floating tensor, or `direction` is no tree like x.
@@ -227,37 +231,58 @@ def _noise(line: _Line) -> Tensor:
     return torch.fmax(noise, line.eps / 2 * line.center.abs())
 
 
-def _differentiate(line: _Line, ratio: float, enough: float) -> tuple[Tensor, Tensor]:
-    if line.vectorized is not None:
-        line.fetch(ratio)
-    noise = _noise(line)
-    best = torch.full_like(line.center, torch.nan)
-    best_error = torch.full_like(line.center, torch.inf)
-    previous: list[tuple[Tensor, list[float]]] = []
-    for level, h in enumerate(line.steps(ratio)):
-        ahead, behind = line([h, -h])
-        quotient = (ahead - behind) / (2 * h)
-        # Each entry of the table comes with the weights of the noise of all quotients in it.
-        row: list[tuple[Tensor, list[float]]] = [(quotient, [0.0] * level + [1 / h])]
-        for j, (coarse, coarse_weights) in enumerate(previous):
+class _Table:
+    """Richardson's table of approximations with errors h^p, h^(p+2), ...: the best entry of it, and its error.
+
+    Args:
+        like: how many numbers.
+        ratio: between one step and the next.
+        power: the lowest, p.
+        noise: standard deviation of an approximation, times its step.
+    """
+
+    def __init__(self, like: Tensor, ratio: float, power: int, noise: Tensor) -> None:
+        self.ratio, self.power, self.noise = ratio, power, noise
+        self.best, self.error = torch.full_like(like, torch.nan), torch.full_like(like, torch.inf)
+        self.previous: list[tuple[Tensor, list[float]]] = []
+
+    def add(self, approximation: Tensor, h: float) -> None:
+        """Take in the approximation with the next step."""
+        # Each entry of the table comes with the weights of the noise of all approximations in it.
+        row: list[tuple[Tensor, list[float]]] = [(approximation, [0.0] * len(self.previous) + [1 / h])]
+        for j, (coarse, coarse_weights) in enumerate(self.previous):
             fine, fine_weights = row[j]
-            factor = ratio ** (2 * (j + 1))
+            factor = self.ratio ** (self.power + 2 * j)
             value = fine + (fine - coarse) / (factor - 1)
             weights = [
                 (factor * a - b) / (factor - 1) for a, b in zip(fine_weights, [*coarse_weights, 0.0], strict=True)
             ]
             truncation = torch.fmax((value - fine).abs(), (value - coarse).abs())
-            # Noise of a central quotient is σ/(√2 h).
-            amplified = noise * math.sqrt(sum(w * w for w in weights) / 2)
+            amplified = self.noise * math.sqrt(sum(w * w for w in weights))
             error = TRUNCATION_SAFETY * truncation + NOISE_SAFETY * amplified
-            better = error < best_error
-            best, best_error = torch.where(better, value, best), torch.where(better, error, best_error)
+            better = error < self.error
+            self.best, self.error = torch.where(better, value, self.best), torch.where(better, error, self.error)
             row.append((value, weights))
+        self.previous = row
+
+
+def _differentiate(line: _Line, ratio: float, enough: float) -> tuple[Tensor, Tensor]:
+    if line.vectorized is not None:
+        line.fetch(ratio)
+    noise = _noise(line)
+    # Standard deviations of the sums of the values that go in, by the number of times that each does.
+    slope, jump = _Table(noise, ratio, 2, noise * 0.5**0.5), _Table(noise, ratio, 1, noise * 6**0.5)
+    for h in line.steps(ratio):
+        ahead, behind = line([h, -h])
+        slope.add((ahead - behind) / (2 * h), h)
+        jump.add((ahead + behind - 2 * line.center) / h, h)
         # Noise only grows from here: no finer step can do better.
-        if bool(((NOISE_SAFETY * noise / h > best_error) | (best_error < enough * line.sizes(best))).all()):
+        fine = slope.error < enough * line.sizes(slope.best)
+        if bool(((NOISE_SAFETY * noise / h > slope.error) | fine).all()):
             break
-        previous = row
-    return best, best_error
+    # At a kink the central quotients converge too, to the mean of the slopes on both sides, which is neither.
+    kinked = jump.best.abs() > KINK * jump.error
+    return slope.best, slope.error + torch.where(kinked, jump.best.abs() / 2, 0)
 
 
 def _split(vector: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
