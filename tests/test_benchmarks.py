@@ -7,8 +7,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from applications.imaml.paper.probe import Memory
 from benchmarks import __main__ as command
-from benchmarks import accuracy, adjoint, lanes, large, meta_step, overhead
+from benchmarks import accuracy, adjoint, lanes, large, memory, meta_step, overhead
 
 
 @pytest.fixture
@@ -91,6 +92,25 @@ def test_accuracy(measure, monkeypatch):
     for name, value in {"PROBLEMS": 8, "SWEPT": 2, "LARGEST": 10}.items():
         monkeypatch.setattr(accuracy, name, value)
     assert measure("accuracy")["rows"][4]["problems"] == 8
+
+
+def test_memory(measure, monkeypatch):
+    for name, value in {"STEPS": (1, 2), "LAST_MAML": 1, "WAYS": 2, "SHOTS": 2, "TASKS": 1}.items():
+        monkeypatch.setattr(memory, name, value)
+    asked = []
+
+    def measured(config, *, gradient=False):
+        asked.append((config.algorithm, config.inner_steps, gradient))
+        assert (config.ways, config.shots, config.queries, config.tasks) == (2, 2, 2, 1)
+        return Memory(10 * 2**20, (12 if gradient else 14) * 2**20)
+
+    # That a process is measured is a test of the probe's.
+    monkeypatch.setattr(memory, "memory_of", measured)
+    found = measure("memory")
+    assert [row["in inner gradients"] for row in found["rows"]] == [2.0] * 5
+    assert asked[1:] == [(row["way"], row["inner steps"], False) for row in found["rows"]]
+    assert (asked[0][2], [row["way"] for row in found["rows"]].count("maml")) == (True, 1)
+    assert "takes 1.000 times the memory of 1" in found["verdict"]
 
 
 def test_meta_step(measure, monkeypatch):

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,8 +13,7 @@ from applications.imaml.config import AlgorithmName, Config, ConfigError
 from applications.imaml.device import use
 from applications.imaml.paper.chart import FIRST_ORDER, IMAML, MAML, Chart, Panel, Series, Style
 from applications.imaml.paper.hardware import hardware
-from applications.imaml.paper.probe import Memory, given, meta_gradient
-from applications.imaml.run_folder import RunError
+from applications.imaml.paper.probe import given, memory_of, meta_gradient
 
 Clock = Literal["wall", "cpu"]
 
@@ -32,7 +25,6 @@ _WAYS: tuple[tuple[AlgorithmName, str, Style], ...] = (
     ("fomaml", "first-order", FIRST_ORDER),
 )
 _MIB = 2**20
-_ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
@@ -128,12 +120,12 @@ def memory(settings: CostSettings) -> Chart:
     Raises:
         RunError: if a process fails, for instance for lack of memory.
     """
-    gradient = _probe(settings.config("imaml", 1), gradient=True)
+    gradient = memory_of(settings.config("imaml", 1), gradient=True)
     unit = gradient.peak - gradient.before
     series, found = [], {}
     for algorithm, label, style in _WAYS:
         steps = settings.steps(algorithm)
-        taken = [_probe(settings.config(algorithm, k)) for k in steps]
+        taken = [memory_of(settings.config(algorithm, k)) for k in steps]
         found[label] = torch.tensor([[m.peak - m.before] for m in taken], dtype=torch.float64)
         series.append(Series.of(label, style, steps, found[label] / _MIB))
     panel = Panel("above what the process had before", "inner gradient steps", "peak memory (MiB)", series)
@@ -183,28 +175,6 @@ def seconds(settings: CostSettings) -> Chart:
         [panel],
         [_growth(s, "s") for s in series] + [_ratio(series)],
     )
-
-
-def _probe(config: Config, *, gradient: bool = False) -> Memory:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        config.save(path)
-        command = [sys.executable, "-m", "applications.imaml.paper.probe", str(path)]
-        # The same code as here, wherever the user stands.
-        paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(
-            [*command, "--gradient"] if gradient else command,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": paths},
-        )
-    if done.returncode:
-        raise RunError(
-            f"measuring {config.algorithm} with {config.inner_steps} steps failed (exit status {done.returncode}): "
-            f"{done.stderr.strip()[-500:]}; pass fewer steps, tasks, ways or shots if memory was short."
-        )
-    return Memory(**json.loads(done.stdout))
 
 
 def _timed(config: Config, clock: Clock, device: torch.device) -> float:
