@@ -236,8 +236,8 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
     splits = load_splits(config, device)
     if protocol.split not in splits:
         raise ConfigError(
-            f"split={protocol.split!r} has no classes, since the run's split {config.split!r} has none for it; pass "
-            f"one of {', '.join(splits)}."
+            f"split={protocol.split!r} has no classes, since the run's split, {config.split or 'its own'}, has none "
+            f"for it; pass one of {', '.join(splits)}."
         )
     return measure(config, network, splits[protocol.split], protocol)
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from applications.datasets import ClassImages
 from applications.imaml import checkpoint
 from applications.imaml.algorithms import initial_strengths, meta_loss
 from applications.imaml.checkpoint import Checkpoint, CheckpointError
-from applications.imaml.config import Config
+from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import Tasks, TaskSampler, check_ways, generator_for, load_splits
+from applications.imaml.episodes import SplitName, Tasks, TaskSampler, check_ways, generator_for, load_splits
 from applications.imaml.evaluate import accuracies
 from applications.imaml.events import Events, check_importable
 from applications.imaml.figures import draw_curve
@@ -28,7 +29,7 @@ from applications.imaml.progress import Display
 from applications.imaml.run_folder import CURVE, EVENTS, METRICS, RunError, claim
 
 _CALMER = (
-    "start a run with a smaller inner_lr or meta_lr, a larger lam or damping, or curvature gauss-newton; the last "
+    "start a run with a smaller inner_lr or meta_lr, a larger lam or damping, or curvature='gauss-newton'; the last "
     "checkpoint is from before."
 )
 
@@ -41,11 +42,18 @@ class Limits:
         seconds: stop cleanly after this time; None for no limit.
         quiet: show no progress.
         tensorboard: write the metrics as TensorBoard events as well.
+
+    Raises:
+        ConfigError: if the time is not above 0.
     """
 
     seconds: float | None = None
     quiet: bool = False
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not self.seconds > 0:
+            raise ConfigError(f"seconds={self.seconds} cannot be; pass a number above 0.")
 
 
 def train(
@@ -67,7 +75,7 @@ def train(
     Raises:
         RunError: if the folder holds a run already and isn't to be resumed, or cannot be written; if the loss is no
             longer finite, in which case the last checkpoint is from before; if TensorBoard is asked for and missing;
-            or if another process has ended.
+            if another process has ended; or as FirstFailedError in place of what the first process raises.
         CheckpointError: if a checkpoint cannot be read or written.
         ConfigError: if the processes cannot share the tasks.
         OSError: if the dataset cannot be read or the metrics not be written.
@@ -75,7 +83,7 @@ def train(
     """
     processes.check(config)
     if limits.tensorboard:
-        check_importable()
+        processes.alike(check_importable)
     run = _Run(config, out, processes, resume=resume, tensorboard=limits.tensorboard)
     begun = time.monotonic()
     quiet = limits.quiet or not processes.is_first
@@ -110,9 +118,8 @@ class _Run:
 
     def __init__(self, config: Config, out: Path, processes: Processes, *, resume: bool, tensorboard: bool) -> None:
         self._config, self._out, self._processes = config, out, processes
-        self._device = use(config)
-        splits = load_splits(config, self._device)
-        check_ways(splits, config.ways)
+        self._device = processes.alike(lambda: use(config))
+        splits = processes.alike(self._splits)
         self._train_generator = generator_for(config.seed, "training tasks", self._device)
         self._sampler = TaskSampler(
             splits["train"], config.ways, config.shots, config.queries, self._train_generator, config.query_sets
@@ -141,6 +148,11 @@ class _Run:
             self._events = Events(out / EVENTS, self.meta_step)
         if saved is None:
             self.save()
+
+    def _splits(self) -> dict[SplitName, ClassImages]:
+        splits = load_splits(self._config, self._device)
+        check_ways(splits, self._config.ways)
+        return splits
 
     def _open(self, resume: bool) -> Checkpoint | None:
         """Take the folder and read its checkpoint; there is none if a resumed run was killed before its first."""
@@ -177,11 +189,8 @@ class _Run:
         config = self._config
         self._processes.average(self._meter.sums)
         row: dict[str, float] = {"meta_step": self.meta_step, **self._meter.take(config.log_every)}
-        if not math.isfinite(row["query_loss"]):
-            raise RunError(
-                f"the query loss is {row['query_loss']} in the {config.log_every} meta-steps before {self.meta_step}; "
-                f"{_CALMER}"
-            )
+        loss, averaged = row["query_loss"], f"mean of {config.log_every} meta-steps"
+        self._processes.from_first(lambda: self._check(math.isfinite(loss), f"the query loss is {loss}, {averaged},"))
         self._tick()
         row["seconds"] = self._trained_seconds
         row["tasks_per_second"] = config.log_every * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
@@ -193,6 +202,10 @@ class _Run:
         self._tick()
         self._row_seconds = self._trained_seconds
         return row
+
+    def _check(self, sound: bool, what: str) -> None:
+        if not sound:
+            raise RunError(f"{what} at meta-step {self.meta_step}; {_CALMER}")
 
     def _write(self, row: dict[str, float]) -> None:
         if self._metrics is not None:
@@ -207,8 +220,8 @@ class _Run:
         state = self._optimizer.state_dict()["state"]
         for index, name in enumerate(self.theta):
             tensors |= {f"adam.{name}.{key}": value for key, value in state.get(index, {}).items()}
-        if not all(bool(value.isfinite().all()) for value in tensors.values()):
-            raise RunError(f"the parameters are no longer finite at meta-step {self.meta_step}; {_CALMER}")
+        finite = all(bool(value.isfinite().all()) for value in tensors.values())
+        self._processes.from_first(lambda: self._check(finite, "the parameters are no longer finite"))
         # Every process goes on from the mean, as one that is resumed from here does.
         self._processes.average(self._meter.sums)
         # Not checked: sums of what an algorithm doesn't have are NaN.

@@ -73,11 +73,11 @@ def test_command_refuses_in_a_line(tmp_path):
     arguments = ["paper", "--table", "omniglot", "--out", str(tmp_path), "--cell", "7way"]
     refused = CliRunner().invoke(command.app, arguments)
     assert refused.exit_code == 1
-    assert refused.stderr.startswith("error: cells='7way' is in no cell of omniglot")
+    assert refused.stderr.startswith("error: --cell 7way is in no cell of omniglot")
     # Omniglot needs files.
     rootless = CliRunner().invoke(command.app, arguments[:5])
     assert rootless.exit_code == 1
-    assert "root=None" in rootless.stderr
+    assert "error: no --root, but" in rootless.stderr
 
 
 def test_stopped_cell_goes_on_to_the_same_bits(tmp_path, monkeypatch, told):
