@@ -37,6 +37,7 @@ from applications.imaml.race import PICTURE, VARIANTS, Race, race
 from applications.imaml.race import TABLE as RACE_TABLE
 from applications.imaml.run_folder import CONFIG, CURVE, METRICS
 from applications.imaml.train import Limits, train
+from applications.imaml.words import counted
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -120,7 +121,7 @@ def train_command(
         done = train(config, out, limits, resume=resume, processes=processes)
         state = "trained" if done >= config.meta_steps else "stopped (continue with --resume)"
         if processes.is_first:
-            typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
+            typer.echo(f"{state}: {done} of {counted(config.meta_steps, 'meta-step')}; {out / METRICS}, {out / CURVE}")
 
 
 @app.command("evaluate")

@@ -25,8 +25,9 @@ from applications.imaml.interruptions import interruptions
 from applications.imaml.metrics import Meter, MetricsFile, read_metrics
 from applications.imaml.networks import Parameters, initialize
 from applications.imaml.processes import Processes
-from applications.imaml.progress import Display
+from applications.imaml.progress import Display, announced
 from applications.imaml.run_folder import CURVE, EVENTS, METRICS, RunError, claim
+from applications.imaml.words import counted
 
 _CALMER = (
     "start a run with a smaller inner_lr or meta_lr, a larger lam or damping, or curvature='gauss-newton'; the last "
@@ -84,9 +85,11 @@ def train(
     processes.check(config)
     if limits.tensorboard:
         processes.alike(check_importable)
-    run = _Run(config, out, processes, resume=resume, tensorboard=limits.tensorboard)
-    begun = time.monotonic()
     quiet = limits.quiet or not processes.is_first
+    with announced(_what(config), quiet=quiet) as show:
+        run = _Run(config, out, processes, resume=resume, tensorboard=limits.tensorboard)
+        show(f"; {run}")
+    begun = time.monotonic()
     display = Display(config.meta_steps, run.meta_step, config.tasks, limits.seconds, quiet)
     with interruptions() as interrupted, closing(run), display:
         while run.meta_step < config.meta_steps:
@@ -103,6 +106,18 @@ def train(
                 break
     run.draw()
     return run.meta_step
+
+
+def _what(config: Config) -> str:
+    return (
+        f"{config.data} {config.ways}-way {config.shots}-shot, {config.algorithm}: "
+        f"{counted(config.meta_steps, 'meta-step')} of {counted(config.tasks, 'task')}"
+    )
+
+
+def _check(finite: bool, told: str) -> None:
+    if not finite:
+        raise RunError(f"{told}; {_CALMER}")
 
 
 class _Best(NamedTuple):
@@ -149,6 +164,11 @@ class _Run:
         if saved is None:
             self.save()
 
+    def __str__(self) -> str:
+        count = sum(value.numel() for value in self.theta.values())
+        since = f", from meta-step {self.meta_step}" if self.meta_step else ""
+        return f"{count:,} parameters on {self._device}{since}"
+
     def _splits(self) -> dict[SplitName, ClassImages]:
         splits = load_splits(self._config, self._device)
         check_ways(splits, self._config.ways)
@@ -189,8 +209,8 @@ class _Run:
         config = self._config
         self._processes.average(self._meter.sums)
         row: dict[str, float] = {"meta_step": self.meta_step, **self._meter.take(config.log_every)}
-        loss, averaged = row["query_loss"], f"mean of {config.log_every} meta-steps"
-        self._processes.from_first(lambda: self._check(math.isfinite(loss), f"the query loss is {loss}, {averaged},"))
+        told = f"the query loss is {row['query_loss']} in the {config.log_every} meta-steps before {self.meta_step}"
+        self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told))
         self._tick()
         row["seconds"] = self._trained_seconds
         row["tasks_per_second"] = config.log_every * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
@@ -202,10 +222,6 @@ class _Run:
         self._tick()
         self._row_seconds = self._trained_seconds
         return row
-
-    def _check(self, sound: bool, what: str) -> None:
-        if not sound:
-            raise RunError(f"{what} at meta-step {self.meta_step}; {_CALMER}")
 
     def _write(self, row: dict[str, float]) -> None:
         if self._metrics is not None:
@@ -221,7 +237,8 @@ class _Run:
         for index, name in enumerate(self.theta):
             tensors |= {f"adam.{name}.{key}": value for key, value in state.get(index, {}).items()}
         finite = all(bool(value.isfinite().all()) for value in tensors.values())
-        self._processes.from_first(lambda: self._check(finite, "the parameters are no longer finite"))
+        told = f"the parameters are no longer finite at meta-step {self.meta_step}"
+        self._processes.from_first(lambda: _check(finite, told))
         # Every process goes on from the mean, as one that is resumed from here does.
         self._processes.average(self._meter.sums)
         # Not checked: sums of what an algorithm doesn't have are NaN.

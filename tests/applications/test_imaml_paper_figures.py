@@ -315,7 +315,7 @@ def test_time_figure_times_every_algorithm(tmp_path):
     assert (implicit.x, path.x, first_order.x) == ([1, 2], [1], [1, 2])
     assert path.style == MAML
     assert all(0 < low <= high for low, high in zip(implicit.low, implicit.high, strict=True))
-    assert chart.findings[-1].startswith("with 1 inner steps MAML takes")
+    assert chart.findings[-1].startswith("with 1 inner step MAML takes")
     assert (chart.panels[0].ylabel, implicit.repeats) == ("CPU time (s)", 2)
     check_files(chart, tmp_path)
 
@@ -326,7 +326,7 @@ def test_command_draws_and_tells(tmp_path):
         command.app, ["figures", "regression", "--out", str(tmp_path / "new"), "--repeats", "1", *options]
     )
     assert called.exit_code == 0, called.output
-    assert "meta-loss above its minimum after 1 meta-steps" in called.output
+    assert "meta-loss above its minimum after 1 meta-step, from" in called.output
     settings = json.loads((tmp_path / "new" / "regression.json").read_text())["settings"]
     assert (settings["features"], settings["meta_steps"], settings["seed"]) == (4, 1, 0)
     file = tmp_path / "file"

@@ -181,7 +181,10 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
     first = episodes.Tasks(*(part[0] for part in sampler.sample(SHORT.tasks)))
     seen = batch_statistics(theta, first.support_images)
     unadapted = forward(theta, first.query_images, seen).argmax(-1) == first.query_labels
-    assert before[0] == unadapted.float().mean().item()
+    assert before[0] == pytest.approx(unadapted.double().mean().item(), rel=1e-7)
+    # Fractions of three query images, as they are read by people.
+    assert {line["after"] for line in table} <= {"0", "0.33333333", "0.66666667", "1"}
+    assert row["accuracy"] == round(row["accuracy"], 6)
     again = run_command("evaluate", whole, "--tasks", "7", "--batch-norm", "support", "--seed", "5")
     assert json.loads((whole / "evaluation.json").read_text()) == report
     assert again.stdout == result.stdout

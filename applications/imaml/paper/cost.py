@@ -14,6 +14,7 @@ from applications.imaml.device import use
 from applications.imaml.paper.chart import FIRST_ORDER, IMAML, MAML, Chart, Panel, Series, Style
 from applications.imaml.paper.hardware import hardware
 from applications.imaml.paper.probe import given, memory_of, meta_gradient
+from applications.imaml.words import counted
 
 Clock = Literal["wall", "cpu"]
 
@@ -170,7 +171,7 @@ def seconds(settings: CostSettings) -> Chart:
     return Chart(
         "time",
         _title("Time of a meta-step", settings),
-        f"line: median of {settings.repeats} meta-steps after a warm-up; band: shortest to longest",
+        f"line: median of {counted(settings.repeats, 'meta-step')} after a warm-up; band: shortest to longest",
         _recorded(settings),
         [panel],
         [_growth(s, "s") for s in series] + [_ratio(series)],
@@ -196,8 +197,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _title(what: str, settings: CostSettings) -> str:
-    tasks = "1 task" if settings.tasks == 1 else f"{settings.tasks} tasks"
-    return f"{what}: {settings.ways}-way {settings.shots}-shot, {tasks}, {settings.cg_steps} CG steps"
+    tasks, steps = counted(settings.tasks, "task"), counted(settings.cg_steps, "CG step")
+    return f"{what}: {settings.ways}-way {settings.shots}-shot, {tasks}, {steps}"
 
 
 def _recorded(settings: CostSettings) -> dict[str, Any]:
@@ -206,10 +207,10 @@ def _recorded(settings: CostSettings) -> dict[str, Any]:
 
 def _growth(series: Series, unit: str, gradients: float | None = None) -> str:
     first, last = series.median[0], series.median[-1]
-    counted = "" if gradients is None else f", which is {gradients:.2f} inner gradients"
+    of_gradients = "" if gradients is None else f", which is {gradients:.2f} inner gradients"
     return (
-        f"{series.label}: {first:.3g} {unit} with {series.x[0]:g} inner step, {last:.3g} {unit} with "
-        f"{series.x[-1]:g}{counted}"
+        f"{series.label}: {first:.3g} {unit} with {counted(series.x[0], 'inner step')}, {last:.3g} {unit} with "
+        f"{series.x[-1]:g}{of_gradients}"
     )
 
 
@@ -218,4 +219,4 @@ def _ratio(series: Sequence[Series]) -> str:
     by_label = {s.label: dict(zip(s.x, s.median, strict=True)) for s in series}
     implicit, path = by_label["iMAML"], by_label["MAML, through the path"]
     k = max(set(implicit) & set(path))
-    return f"with {k:g} inner steps MAML takes {path[k] / implicit[k]:.2f} times as long as iMAML"
+    return f"with {counted(k, 'inner step')} MAML takes {path[k] / implicit[k]:.2f} times as long as iMAML"
