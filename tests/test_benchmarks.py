@@ -18,10 +18,12 @@ def measure(tmp_path):
     app = typer.Typer()
     app.command()(command.main)
 
-    def run(name):
+    def run(name, *options):
         threads = torch.get_num_threads()
-        result = CliRunner().invoke(app, [name, "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)])
+        arguments = [name, "--device", "cpu", "--repeats", "1", "--out", str(tmp_path), *options]
+        result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
+        run.output = result.output
         assert torch.get_num_threads() == threads
         return json.loads((tmp_path / f"{name}.json").read_text())
 
@@ -83,9 +85,21 @@ def test_the_ridge_is_its_closed_form(monkeypatch):
 
 
 def test_adjoint(measure, monkeypatch):
-    for name, value in {"N": 40, "CONDITIONS": (1e1, 1e2), "RANK": 8, "MEMORY": 5}.items():
+    for name, value in {"N": 40, "CONDITIONS": (1e1, 1e2), "ALL_CONDITIONS": (1e1,), "RANK": 8, "MEMORY": 5}.items():
         monkeypatch.setattr(adjoint, name, value)
-    assert {row["spectrum"] for row in measure("adjoint")["rows"]} == {"spread", "outliers", "scaled"}
+    rows = measure("adjoint")["rows"]
+    assert [(row["spectrum"], row["κ"], row["measure"]) for row in rows] == [
+        (spectrum, condition, measured)
+        for spectrum in ("spread", "outliers", "scaled")
+        for condition in ("1e+01", "1e+02")
+        for measured in ("steps", "ms")
+    ]
+    # As wide as a terminal: no cell is cut or broken over lines.
+    table = [line for line in measure.output.splitlines() if line.startswith(("│", "┃"))]
+    assert len(table) == 1 + len(rows)
+    assert max(map(len, table)) <= 80
+    assert "…" not in measure.output
+    assert {row["κ"] for row in measure("adjoint", "--full")["rows"]} == {"1e+01"}
 
 
 def test_accuracy(measure, monkeypatch):

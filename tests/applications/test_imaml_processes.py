@@ -112,10 +112,10 @@ def test_what_the_first_process_fails_at_ends_all(tmp_path):
             ("--tasks", 3),
             "--tasks 3 cannot be shared equally by 2 processes; pass a multiple, for instance --tasks 4, or",
         ),
-        # Diverged in a meta-step of both.
-        (
+        pytest.param(
             ("--inner-lr", 1e30, "--meta-steps", 4, "--quiet"),
             "the query loss is nan in the 2 meta-steps before 2; start",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -41,10 +41,8 @@ def test_every_cell_is_a_run_and_is_not_run_again(tmp_path, monkeypatch):
     ]
     assert Config.load(tmp_path / "first-order-seed0" / "config.json").algorithm == "fomaml"
     text = (tmp_path / "race.md").read_text()
-    assert text.startswith(
-        "glyphs, 3-way 1-shot; lam 0.1, 1 step of gradient (lr 0.4), 1 CG step; 2 tasks a meta-step"
-    )
-    assert [row.split(" | ")[:2] for row in text.splitlines()[4:]] == [["| gauss-newton", "4"], ["| first-order", "4"]]
+    assert text.startswith("glyphs, 3-way 1-shot; lam 0.1, 1 step of gradient (lr 0.4), 1 CG step; 2 tasks a meta-step")
+    assert [row.split(" | ")[:2] for row in text.splitlines()[4:6]] == [["| gauss-newton", "4"], ["| first-order", "4"]]
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
 
     def must_not(*args, **kwargs):
