@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import accuracy, adjoint, lanes, large, memory, meta_step, overhead
+from benchmarks import accuracy, adjoint, lanes, large, memory, meta_step, overhead, scaling
 from benchmarks.report import publish
 
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "large": large.run,
     "adjoint": adjoint.run,
     "accuracy": accuracy.run,
+    "scaling": scaling.run,
 }
 # What the usual sizes leave out, since it takes minutes.
 IN_FULL = {"adjoint": adjoint.run_in_full}
