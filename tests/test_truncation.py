@@ -145,7 +145,7 @@ def test_newton_steps_at_a_solution_to_rounding_are_full_ones(call, fn):
         M = 10.0 ** (seed % 4) * Q @ Q.mT + EYE
         steps = il.Newton(il.Dense(), rtol=None, atol=None, max_steps=20)
         ours, exact = (
-            jacrev(lambda b, adjoint=adjoint, M=M: call(fn, ZERO, M, b, solver=steps, adjoint=adjoint).value)(b)
+            jacrev(lambda b, a=adjoint, M=M, s=steps: call(fn, ZERO, M, b, solver=s, adjoint=a).value)(b)
             for adjoint in (il.Unrolled(last=2), il.Implicit(il.Dense()))
         )
         torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-9 * float(exact.abs().max()))

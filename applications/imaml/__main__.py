@@ -33,10 +33,11 @@ from applications.imaml.explained import explained
 from applications.imaml.fewshot import Learner
 from applications.imaml.paper.commands import figures, paper_command
 from applications.imaml.processes import joined
-from applications.imaml.race import PICTURE, VARIANTS, Race, race
+from applications.imaml.race import PICTURE, Race, race
 from applications.imaml.race import TABLE as RACE_TABLE
 from applications.imaml.run_folder import CONFIG, CURVE, METRICS
 from applications.imaml.train import Limits, train
+from applications.imaml.variants import VARIANTS, Subject
 from applications.imaml.words import counted
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -49,6 +50,7 @@ def _option(name: str) -> Any:
     return typer.Option(f"--{name.replace('_', '-')}", help=help_of(name))
 
 
+_RUNNERS = "; or ".join(f"{subject}: {', '.join(names)}" for subject, names in VARIANTS.items())
 _CHECKPOINT = typer.Option(
     "--checkpoint", help="network of the last meta-step, or that of the best accuracy on validation classes"
 )
@@ -220,8 +222,11 @@ def demo_command(
 def race_command(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="folder of the race; an unfinished one goes on")],
+    of: Annotated[
+        Subject, typer.Option("--of", help="what the runners differ in: the linear system, or the inner problem")
+    ] = Race.subject,
     variant: Annotated[
-        list[str] | None, typer.Option(help=f"one of {', '.join(VARIANTS)}; several times for several; all by default")
+        list[str] | None, typer.Option(help=f"{_RUNNERS}; several times for several; all by default")
     ] = None,
     seeds: Annotated[int, typer.Option(help="runs of each variant")] = Race.seeds,
     test_tasks: Annotated[int, typer.Option(help="tasks of the accuracy after the last meta-step")] = Race.test_tasks,
@@ -248,7 +253,7 @@ def race_command(
         )  # fmt: skip
         with explained(context, tasks="test_tasks"):
             protocol = Protocol(tasks=test_tasks)
-        plan = Race(base, tuple(variant or VARIANTS), seeds, protocol.tasks)
+        plan = Race(base, of, tuple(variant or ()), seeds, protocol.tasks)
         done = race(plan, out, typer.echo, quiet=quiet)
         typer.echo(f"{'done' if done else 'stopped (the same command goes on)'}: {out / RACE_TABLE}, {out / PICTURE}")
 

@@ -8,35 +8,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from applications.imaml import checkpoint
 from applications.imaml.checkpoint import write_atomically
 from applications.imaml.config import Config, ConfigError
+from applications.imaml.device import use
+from applications.imaml.episodes import TaskSampler, generator_for, load_splits
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
+from applications.imaml.exactness import Exactness, exactness
 from applications.imaml.metrics import read_metrics
 from applications.imaml.race_picture import Curve, draw_race
 from applications.imaml.run_folder import CONFIG, METRICS, RunError
 from applications.imaml.train import Limits, train
+from applications.imaml.trained import load_network
+from applications.imaml.variants import VARIANTS, Subject
 from applications.imaml.words import counted
 
 TABLE, PICTURE = "race.md", "race.png"
-VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "gauss-newton": {"curvature": "gauss-newton"},
-        "hessian": {"curvature": "hessian"},
-        "hessian-damped": {"curvature": "hessian", "damping": 5.0},
-        "hessian-unguarded": {"curvature": "hessian-unguarded"},
-        "published": {"curvature": "published"},
-        "first-order": {"algorithm": "fomaml"},
-    }
-)
-"""Settings by name: curvature stopped where negative, damped, and as in the paper; the paper's code; none at all."""
+EXACTNESS = "exactness.json"
+# The exact meta-gradient of one task takes as long as sixty meta-steps, and half a minute of these.
+_EXACTNESS_TASKS = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,8 @@ class Race:
     Args:
         base: settings that all share, seed aside. Its learning rate should be constant: a schedule that ends with the
             last meta-step favours nobody by meta-steps, but by seconds it compares different parts of it.
-        variants: names out of ``VARIANTS``.
+        subject: what the variants differ in, one of ``VARIANTS``.
+        variants: names out of it; all if there are none.
         seeds: how many, from 0.
         test_tasks: tasks on unseen classes, for the accuracy after the last meta-step.
 
@@ -56,14 +53,17 @@ class Race:
     """
 
     base: Config
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    subject: Subject = "curvature"
+    variants: tuple[str, ...] = ()
     seeds: int = 2
     test_tasks: int = 300
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.variants if name not in VARIANTS]
-        if unknown or not self.variants:
-            raise ConfigError(f"variants={self.variants!r} cannot be; pass some of {', '.join(VARIANTS)}.")
+        unknown = [name for name in self.variants if name not in VARIANTS[self.subject]]
+        if unknown:
+            raise ConfigError(
+                f"variants={self.variants!r} cannot be; pass some of {', '.join(VARIANTS[self.subject])}."
+            )
         if self.seeds < 1:
             raise ConfigError(f"seeds={self.seeds} cannot be; pass an integer of at least 1.")
         if self.base.meta_steps % self.base.validate_every:
@@ -77,8 +77,13 @@ class Race:
     def cells(self) -> Iterator[tuple[str, Config]]:
         """Name of the variant and settings of every cell; a seed at a time, so that what is there compares."""
         for seed in range(self.seeds):
-            for name in self.variants:
-                yield name, replace(self.base, seed=seed, **VARIANTS[name])
+            for name in self.names:
+                yield name, replace(self.base, seed=seed, **VARIANTS[self.subject][name])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the variants that run."""
+        return self.variants or tuple(VARIANTS[self.subject])
 
 
 class Result(NamedTuple):
@@ -91,6 +96,7 @@ class Result(NamedTuple):
         source: what the images are; empty if it was not evaluated.
         accuracy: on test tasks, in percent; NaN where the run broke down.
         interval: 95 % interval over the tasks.
+        exactness: of its meta-gradient, after the last meta-step.
     """
 
     variant: str
@@ -99,6 +105,7 @@ class Result(NamedTuple):
     source: str
     accuracy: float
     interval: float
+    exactness: Exactness = Exactness(*[math.nan] * 5)
 
 
 def race(plan: Race, out: Path, tell: Callable[[str], None], *, quiet: bool = False) -> bool:
@@ -158,7 +165,8 @@ def _cell(name: str, config: Config, folder: Path, protocol: Protocol, quiet: bo
     if broke_down:
         return Result(name, curve, done, "", math.nan, math.nan)
     row = _evaluated(config, folder, protocol)
-    return Result(name, curve, done, row["source"], row["accuracy"], row["interval"])
+    exact = _exactness(config, folder)
+    return Result(name, curve, done, row["source"], row["accuracy"], row["interval"], exact)
 
 
 def _meta_steps(folder: Path) -> int:
@@ -174,6 +182,23 @@ def _evaluated(config: Config, folder: Path, protocol: Protocol) -> dict[str, An
     evaluation = evaluate(config, folder, protocol)
     evaluation.save(path)
     return evaluation.row()
+
+
+def _exactness(config: Config, folder: Path) -> Exactness:
+    path = folder / EXACTNESS
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.pop("meta_step") == config.meta_steps:
+            return Exactness(**saved)
+    device = use(config)
+    splits = load_splits(config, device)
+    images = splits.get("validation", splits["train"])
+    generator = generator_for(0, "exactness tasks", device)
+    tasks = TaskSampler(images, config.ways, config.shots, config.queries, generator, config.query_sets)
+    found = exactness(load_network(folder, device).theta, tasks.sample(_EXACTNESS_TASKS), config)
+    content = {"meta_step": config.meta_steps, **found._asdict()}
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    return found
 
 
 def _curve(metrics: dict[str, list[float]], config: Config) -> Curve:
@@ -196,6 +221,7 @@ def _curve(metrics: dict[str, list[float]], config: Config) -> Curve:
 def _title(config: Config, results: Sequence[Result]) -> str:
     source = next((result.source for result in results if result.source), config.data)
     steps, cg_steps = counted(config.inner_steps, "step"), counted(config.cg_steps, "CG step")
+    # Where a variant says otherwise, it is for itself.
     return (
         f"{source}, {config.ways}-way {config.shots}-shot; lam {config.lam:g}, {steps} of {config.inner} "
         f"(lr {config.inner_lr:g}), {cg_steps}"
@@ -220,10 +246,11 @@ def table(plan: Race, results: Sequence[Result]) -> str:
         f"{_title(plan.base, results)}; {counted(plan.base.tasks, 'task')} a meta-step, {plan.test_tasks} test tasks, "
         f"threads: {plan.base.threads or 'as PyTorch chooses'}.",
         "",
-        f"| meta-gradient | meta-steps | seconds | test accuracy, % | on {measured_on} after {_seconds(budget)} s, % |",
-        "|---|---|---|---|---|",
+        f"| {plan.subject} | meta-steps | seconds | test accuracy, % | on {measured_on} after {_seconds(budget)} s, % "
+        "| residual | estimate | cosine | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in plan.variants:
+    for name in plan.names:
         own = [result for result in results if result.variant == name]
         if own:
             cells = (
@@ -231,12 +258,17 @@ def table(plan: Race, results: Sequence[Result]) -> str:
                 _mean([result.curve.seconds[-1] if result.curve.seconds else math.nan for result in own], _seconds),
                 _mean([result.accuracy for result in own], _percent),
                 _mean([result.curve.after(budget) for result in own], _percent),
+                *(_mean(column, _figure) for column in zip(*(_shown(result.exactness) for result in own), strict=True)),
             )
             lines.append(f"| {name} | {' | '.join(cells)} |")
     legend = (
         "Means over the seeds, and in parentheses each of them, in order. Seconds are those of training alone. The "
-        f"last column is read off the learning curve after {_seconds(budget)} s, what the fastest run took for all its "
-        "meta-steps. A dash stands where there is no number: the run broke down before it, or was not validated yet."
+        f"accuracy after {_seconds(budget)} s, what the fastest run took for all its meta-steps, is read off the "
+        "learning curve. The last four columns judge the meta-gradient of eight tasks at the last meta-step: the norm "
+        "of the inner problem's gradient where its solver ended, the estimated relative error of the linear system, "
+        "the cosine of the angle to the meta-gradient of the inner problem solved to the end, and the processor time. "
+        "A dash stands where there is no number: the run broke down before it, was not validated yet, or has no such "
+        "thing."
     )
     return "\n".join([*lines, "", legend]) + "\n"
 
@@ -248,6 +280,14 @@ def _mean(values: Sequence[float], told: Callable[[float], str]) -> str:
 
 def _percent(value: float) -> str:
     return "—" if math.isnan(value) else f"{value:.1f}"
+
+
+def _shown(exact: Exactness) -> tuple[float, float, float, float]:
+    return exact.residual, exact.estimate, exact.cosine, exact.seconds
+
+
+def _figure(value: float) -> str:
+    return "—" if math.isnan(value) else f"{value:.2g}"
 
 
 def _seconds(value: float) -> str:

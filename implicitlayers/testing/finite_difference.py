@@ -121,11 +121,12 @@ def differentiate(
         here = Floating.of(f(point.tree), "f(x)")
         line = _Line(f, vectorized, point, arrow, here)
         derivative, error = _differentiate(line, ratio, enough)
-    parts = (
-        [piece.to(leaf.device) for piece, leaf in zip(_split(vector, line.shapes), here.leaves, strict=True)]
-        for vector in (derivative, error)
-    )
-    return Quotient(*parts, here)
+
+    def like_here(vector: Tensor) -> list[Tensor]:
+        pieces = _split(vector, line.shapes)
+        return [piece.to(leaf.device) for piece, leaf in zip(pieces, here.leaves, strict=True)]
+
+    return Quotient(like_here(derivative), like_here(error), here)
 
 
 def reach(x: Sequence[Tensor], direction: Sequence[Tensor]) -> float:

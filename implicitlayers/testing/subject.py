@@ -115,10 +115,10 @@ class Subject:
         first = self.recorded
         try:
             rows = [first, *(Recorded.of(self.at, [leaf * factor for leaf in self.leaves]) for factor in LANES[1:])]
-            inside = all(bool(torch.isfinite(value).all()) for row in rows for value in row.values)
         except Exception:  # Layers have exceptions of their own for where they are not defined.
-            inside = False
-        return rows if inside else [first] * len(LANES)
+            rows = []
+        inside = all(bool(torch.isfinite(value).all()) for row in rows for value in row.values)
+        return rows if rows and inside else [first] * len(LANES)
 
     @functools.cached_property
     def lanes(self) -> list[Tensor]:
