@@ -41,7 +41,7 @@ from applications.imaml.train import Limits, train
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 # Settings that may change when a run is resumed: they say where and how long it computes, not what.
-MUTABLE = ("root", "device", "threads", "meta_steps", "checkpoint_every")
+MUTABLE = ("root", "device", "graph", "threads", "meta_steps", "checkpoint_every")
 
 
 def _option(name: str) -> Any:
@@ -82,6 +82,7 @@ def train_command(
     meta_steps: Annotated[int, _option("meta_steps")] = Config.meta_steps,
     tasks: Annotated[int, _option("tasks")] = Config.tasks,
     device: Annotated[str, _option("device")] = Config.device,
+    graph: Annotated[bool, typer.Option(help=help_of("graph"))] = Config.graph,
     threads: Annotated[int, _option("threads")] = Config.threads,
     seed: Annotated[int, _option("seed")] = Config.seed,
     split_seed: Annotated[int, _option("split_seed")] = Config.split_seed,

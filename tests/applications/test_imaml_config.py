@@ -1,5 +1,7 @@
 """Settings that cannot be are refused with what was passed, why it cannot be, and what to pass."""
 
+import json
+
 import pytest
 
 from applications.imaml.config import Config, ConfigError
@@ -64,9 +66,25 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         Config(**settings)
 
 
+def test_a_setting_that_was_not_there_yet_has_its_default(tmp_path):
+    path = tmp_path / "config.json"
+    settings = Config(lam=0.25, ways=7)
+    settings.save(path)
+    values = json.loads(path.read_text())
+    del values["graph"]
+    path.write_text(json.dumps(values))
+    assert Config.load(path) == settings
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "differs in list"), ('{"ways": 5}', "differs in .*'lam'")],
+    [
+        (None, "does not exist"),
+        ("{", "is not JSON"),
+        ("[]", r"\(it has list\)"),
+        ('{"ways": 5, "lambda": 0.1}', r"does not hold the settings of this version \(it has \['lambda'\]\)"),
+        ('{"ways": 1}', "ways=1 cannot be"),
+    ],
 )
 def test_settings_that_cannot_be_read_are_refused(tmp_path, text, message):
     path = tmp_path / "config.json"
