@@ -1,6 +1,7 @@
 """Every benchmark that can be made small runs at toy size and says what it found; speeds are nobody's test."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, adjoint, lanes, large, meta_step, overhead
+from benchmarks import accuracy, adjoint, device, lanes, large, meta_step, overhead
 
 
 @pytest.fixture
@@ -97,6 +98,21 @@ def test_meta_step(measure, monkeypatch):
     for name, value in {"TASKS": 2, "WAYS": 2, "INNER_STEPS": 1, "CG_STEPS": 2}.items():
         monkeypatch.setattr(meta_step, name, value)
     assert {row["way"] for row in measure("meta_step")["rows"]} >= {"task by task", "batched"}
+
+
+def test_device(measure, monkeypatch):
+    monkeypatch.setattr(device, "TASKS", {"cpu": 2})
+    monkeypatch.setattr(device, "SAME", replace(device.SAME, ways=2, inner_steps=1, cg_steps=2))
+    found = measure("device")
+    loop, *ways = found["rows"]
+    assert loop["way"] == "task by task"
+    same = [(row["convolution"], row["precision"]) for row in ways if row["steps"] == "1 inner + 2 CG, hessian"]
+    assert same == [(c, p) for c in ("windows", "grouped") for p in ("float32", "bf16")]
+    assert {row["steps"] for row in ways[4:]} == {"5 inner + 3 CG, gauss-newton"}
+    for row in found["rows"]:
+        assert row["minutes for 20,000 x 32"] == pytest.approx(640_000 / row["tasks/s"] / 60)
+        assert row["tasks/s"] / loop["tasks/s"] == pytest.approx(row["ratio"])
+        assert row["cosine"] > (0.8 if row["precision"] == "bf16" else 0.9999)
 
 
 def test_an_unknown_name_is_refused():

@@ -18,6 +18,8 @@ LearnLam = Literal["none", "scalar", "layer"]
 ScheduleName = Literal["cosine", "constant"]
 CurvatureName = Literal["gauss-newton", "hessian", "hessian-unguarded", "published"]
 BatchNorm = Literal["transductive", "support"]
+PrecisionName = Literal["float32", "tf32", "bf16"]
+ConvolutionName = Literal["auto", "windows", "grouped"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "data": get_args(DataName),
@@ -26,6 +28,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "curvature": get_args(CurvatureName),
     "schedule": get_args(ScheduleName),
     "batch_norm": get_args(BatchNorm),
+    "precision": get_args(PrecisionName),
+    "convolution": get_args(ConvolutionName),
 }
 _AT_LEAST_ONE = [
     "shots",
@@ -103,6 +107,12 @@ class Config:
     meta_steps: int = _option(6000, "meta-steps after which training is complete")
     tasks: int = _option(16, "tasks of a meta-step")
     device: str = _option("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1, ...")
+    precision: PrecisionName = _option(
+        "float32", "of the network's products in training: float32, tf32 (CUDA devices) or bf16; all else is float32"
+    )
+    convolution: ConvolutionName = _option(
+        "auto", "convolutions as products of gathered windows (windows), as PyTorch's own (grouped), or by network"
+    )
     graph: bool = _option(False, "on a CUDA device, the whole meta-step as one CUDA graph: the same bits, sooner")
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice")
     seed: int = _option(0, "chooses the initialisation and the tasks")

@@ -28,6 +28,8 @@ FIXED = {
     "published": {"curvature": "published"},
     "learnt strength": {"learn_lam": "layer"},
     "adam": {"inner": "adam"},
+    "bf16": {"precision": "bf16"},
+    "grouped": {"convolution": "grouped"},
     "torch.SGD": {"inner": "torch.SGD"},
     "support statistics": {"batch_norm": "support", "query_sets": 2},
     "maml": {"algorithm": "maml", "lam": 0.0},
