@@ -29,8 +29,8 @@ class MetaStep:
         sampler: draws the tasks.
         config: of the run.
         processes: those that share the tasks of a meta-step, this one among them.
-        capturable: whether Adam keeps its count and its rate on the device, where a recorded step finds them. Rounded
-            otherwise than on the host, so that it must be the same throughout a run.
+        capturable: whether Adam keeps its count and its rate on the device, where a recorded step finds them. It rounds
+            otherwise than on the host, so it must be the same throughout a run, recorded or not.
     """
 
     def __init__(

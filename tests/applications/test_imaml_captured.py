@@ -19,7 +19,7 @@ from tests.helpers.devices import HostAskedError, no_host_sync
 from tests.helpers.recording import OperationTape
 from tests.helpers.runs import SHORT, SIZES, assert_same, few_classes
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # What is solved in a fixed number of steps.
 FIXED = {
     "imaml": {},
@@ -170,9 +170,6 @@ def test_a_run_with_a_graph_goes_on_to_the_bit_with_or_without_one(tmp_path, mon
         assert train.train(replace(config, graph=first), parts, Limits(seconds=1e-6, quiet=True)) == 1
         assert train.train(replace(config, graph=then), parts, Limits(quiet=True), resume=True) == 4
         assert_same(parts, tmp_path / "whole")
-
-
-CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from applications.imaml import networks, train
-from applications.imaml.algorithms import meta_loss
+from applications.imaml.algorithms import adapt, meta_loss, query_logits
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.convolution import convolve
 from applications.imaml.device import use
@@ -88,6 +88,12 @@ def test_what_is_not_a_product_stays_in_single_precision():
     statistics = networks.batch_statistics(theta, images, HALF)
     for t in (logits, features, *(t for pair in statistics for t in pair)):
         assert t.dtype == torch.float32
+    assert not torch.equal(logits, networks.head(theta, features))
+    task = Tasks(*(part[0] for part in tasks))
+    seen = networks.batch_statistics(theta, task.support_images, HALF)
+    judged = query_logits(theta, task, "support", 1, HALF)
+    expected = torch.vmap(lambda batch: networks.forward(theta, batch, seen, HALF))(images[None])[0]
+    torch.testing.assert_close(judged, expected, rtol=0, atol=0)
     # More significant bits than bfloat16 has.
     assert all(not torch.equal(t.bfloat16().float(), t) for t in (features, statistics[1].mean))
     # The first layer isn't rounded.
@@ -154,6 +160,18 @@ def test_a_meta_gradient_in_half_points_where_the_one_in_single_does(characters,
     assert half.dtype == torch.float32
     assert F.cosine_similarity(single, half, dim=0) > 0.95
     assert not torch.equal(single, half)
+
+
+@pytest.mark.parametrize("settings", [{}, {"algorithm": "anil", "lam": 0.0}], ids=["imaml", "anil"])
+def test_tasks_are_learnt_in_the_precision_that_was_asked_for(settings):
+    theta, tasks = drawn(28, tasks=1, dtype=torch.float32)
+    task = Tasks(*(part[0] for part in tasks))
+    single, half = (
+        adapt(theta, task, Config(ways=3, inner_steps=1, precision=precision, **settings)).value["linear.weight"]
+        for precision in ("float32", "bf16")
+    )
+    # The features are rounded to 8 bits on their way through three blocks, and the step is made of them.
+    assert 1e-4 < (single - half).norm() / (single - theta["linear.weight"]).norm() < 0.2
 
 
 def test_accuracies_are_measured_in_single_precision(run, characters, monkeypatch):
