@@ -11,8 +11,8 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from implicitlayers.testing import metamorphic
-from implicitlayers.testing.compare import Comparing, Mode
-from implicitlayers.testing.gradients import MODES, compare_gradients, tolerance
+from implicitlayers.testing.compare import Mode
+from implicitlayers.testing.gradients import MODES, compare, tolerance
 from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients, combined
 from implicitlayers.testing.strategies.tensors import expect_strategy
 from implicitlayers.testing.subject import Subject
@@ -140,8 +140,8 @@ def examine(
     batched: bool = False,
 ) -> GradientReport:
     """Gradients and properties of a layer at one point."""
-    report = compare_gradients(layer, *inputs, order=order, modes=modes, tol=tol, reference=reference)
     subject = Subject.of(layer, inputs)
+    report = compare(subject, inputs, order=order, modes=modes, tol=tol, reference=reference)
     tol = tolerance(subject) if tol is None else tol
     return combined([report, GradientReport(tuple(_properties(subject, order, modes, tol, batched)))])
 
@@ -156,8 +156,7 @@ def _properties(subject: Subject, order: int, modes: Sequence[Mode], tol: float,
         if batched:
             yield from metamorphic.lanes_are_independent(subject, tol)
     if "vmap" in modes:
-        lanes = Comparing(subject, subject, tol, 0).lane_points()
-        yield from metamorphic.lanes_permute(subject, lanes, tol)
+        yield from metamorphic.lanes_permute(subject, tol)
 
 
 def _pairs(inputs: SearchStrategy[Any], starts: SearchStrategy[Tensor]) -> SearchStrategy[Any]:

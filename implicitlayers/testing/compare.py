@@ -10,10 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from implicitlayers.testing.finite_difference import OUTSIDE
 from implicitlayers.testing.quotients import NEGLIGIBLE, Oracle, Quotients, Vector, contract, filled, quotients, stack
-from implicitlayers.testing.report import Comparison, judge
-from implicitlayers.testing.subject import LANES, Subject
+from implicitlayers.testing.report import DUAL, MAP, TAPE, Comparison, judge
+from implicitlayers.testing.subject import Subject
 from implicitlayers.testing.vectors import flat, generator, largest, normal_like
 
 __all__ = ["Comparing", "Mode"]
@@ -22,6 +21,11 @@ Mode = Literal["reverse", "forward", "vmap"]
 
 ENTRIES = 24
 """Most entries of a leaf that are looked at one by one to find the worst."""
+
+MAPPED = "vmap, values"
+
+SMALL = 100_000
+"""Most numbers in the inputs of a layer that is evaluated at many points at once: it takes twenty times the memory."""
 
 FIRST, SECOND_OPINION = 3.0, 2.0
 """Ratios of the steps. A disagreement is believed when differences with other steps see it, too."""
@@ -36,24 +40,26 @@ class Comparing:
         reference: the function whose differences are believed.
         tol: relative tolerance.
         seed: of the random vectors.
+        mapping: whether the points that a difference quotient needs are evaluated together, by vmap.
     """
 
     subject: Subject
     reference: Subject
     tol: float
     seed: int
+    mapping: bool = False
 
     def run(self, modes: Sequence[Mode], order: int) -> tuple[Comparison, ...]:
-        """Everything asked for. What fails alike for several leaves is said once."""
+        """Everything asked for."""
         if "vmap" in modes:
             # What is mapped is the gradient by the tape.
             modes = (*modes, "reverse")
-        found = [*self.firsts(modes)]
-        if order == 2:
-            found += self.seconds(modes)
-        if "vmap" in modes:
-            found += self.lanes(order)
-        return tuple({(c.what if not c.reason else c.reason): c for c in reversed(found)}.values())[::-1]
+        found = [*self.lanes(order)] if "vmap" in modes else []
+        # Where the layer maps, the oracle may map it as well; a second opinion never does.
+        fast = any(c.what == MAPPED and c.verdict == "agree" for c in found)
+        comparing = replace(self, mapping=fast and sum(leaf.numel() for leaf in self.x) <= SMALL)
+        found = [*comparing.firsts(modes), *(comparing.seconds(modes) if order == 2 else []), *found]
+        return tuple(found)
 
     @functools.cached_property
     def x(self) -> Vector:
@@ -63,7 +69,7 @@ class Comparing:
     @functools.cached_property
     def v(self) -> Vector:
         """A random cotangent of the layer's outputs."""
-        return normal_like(self.subject.at(self.x), generator(self.seed + 1))
+        return normal_like(self.subject.here.leaves, generator(self.seed + 1))
 
     @functools.cached_property
     def w(self) -> Vector:
@@ -78,22 +84,40 @@ class Comparing:
     @functools.cached_property
     def outputs(self) -> tuple[list[str], list[torch.Size]]:
         """Names and shapes of the output's tensors."""
-        out = self.subject.outputs(self.x)
+        out = self.subject.here
         return [f" of J d, output{path}" for path in out.paths], [leaf.shape for leaf in out.leaves]
 
     def only(self, i: int, d: Tensor) -> Vector:
         """A direction in one leaf alone, so that it does not hide behind a larger one."""
         return [d if i == j else torch.zeros_like(leaf) for j, leaf in enumerate(self.x)]
 
-    def along(self, function: Callable[[Vector], Vector], i: int, d: Tensor, weights: Vector) -> Oracle:
-        """Quotients of a function of the reference's leaves along a direction in one of them."""
+    def along(
+        self,
+        function: Callable[[Vector], Vector],
+        mapped: Callable[[Vector], Sequence[Tensor]],
+        i: int,
+        d: Tensor,
+        weights: Vector,
+    ) -> Oracle:
+        """Quotients of a function of the reference's leaves, which `mapped` maps, along a direction in one of them."""
         leaves = self.reference.leaves
 
         def moved(leaf: Vector) -> Vector:
             return function([*leaves[:i], *leaf, *leaves[i + 1 :]])
 
-        arrow = [d.to(leaves[i])]
-        return functools.cache(lambda ratio: quotients(moved, [leaves[i]], arrow, weights, 1, ratio, self.tol))
+        def many(leaf: Vector) -> Vector:
+            others = [other.expand(len(leaf[0]), *other.shape) for other in leaves]
+            return list(mapped([*others[:i], *leaf, *others[i + 1 :]]))
+
+        def of_steps(ratio: float) -> Quotients:
+            together = many if self.mapping and ratio == FIRST else None
+            return quotients(moved, together, [leaves[i]], [d.to(leaves[i])], weights, ratio, self.tol)
+
+        return functools.cache(of_steps)
+
+    def values_along(self, i: int, d: Tensor) -> Oracle:
+        """Quotients of the reference itself."""
+        return self.along(self.reference.at, lambda leaves: self.reference.vmapped()(*leaves), i, d, self.v)
 
     @property
     def source(self) -> str:
@@ -105,9 +129,9 @@ class Comparing:
 
     def firsts(self, modes: Sequence[Mode]) -> Iterator[Comparison]:
         """First derivatives, one direction for each leaf."""
-        reverse = functools.cache(lambda: self.subject.reverse(self.x, self.v))
+        reverse = functools.cache(lambda: self.subject.recorded.pull(self.v))
         for i, name in enumerate(self.subject.names):
-            oracle = self.along(self.reference.at, i, self.d[i], self.v)
+            oracle = self.values_along(i, self.d[i])
             if "reverse" in modes:
                 what = f"reverse mode, derivative in {name}"
 
@@ -121,7 +145,7 @@ class Comparing:
             if "forward" in modes:
                 yield self.settle(
                     f"forward mode, derivative in {name}",
-                    lambda i=i: flat(self.subject.forward(self.x, self.only(i, self.d[i]))).cpu(),
+                    lambda i=i: flat(self.subject.forward(self.x, self.only(i, self.d[i]))),
                     lambda r, o=oracle: o(r).part(slice(-1)),
                     functools.partial(named, *self.outputs),
                 )
@@ -136,7 +160,7 @@ class Comparing:
         twice = functools.cache(lambda: subject.reverse_twice(x, v, w))
         for i, name in enumerate(subject.names):
             d = self.only(i, self.d[i])
-            oracle = self.along(self.first_derivative(by_tape), i, self.d[i], weights)
+            oracle = self.along(*self.first_derivative(by_tape), i, self.d[i], weights)
             routes: dict[str, Callable[[], Tensor]] = {}
             if by_tape:
                 routes["reverse over reverse"] = lambda i=i: contract([twice()[i]], [self.d[i]], 1)
@@ -150,21 +174,32 @@ class Comparing:
                     what, product, lambda r, o=oracle: o(r).part(slice(-1, None)), of="the first derivative"
                 )
 
-    def first_derivative(self, by_tape: bool) -> Callable[[Vector], Vector]:
-        """Jᵀ v or J w of the reference, as a function of its leaves."""
+    def first_derivative(
+        self, by_tape: bool
+    ) -> tuple[Callable[[Vector], Vector], Callable[[Vector], Sequence[Tensor]]]:
+        """Jᵀ v or J w of the reference, as a function of its leaves, and the same mapped."""
         other = self.reference
         v, w = ([t.to(leaf) for t, leaf in zip(vs, ls, strict=True)] for vs, ls in self._cast())
+
+        def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.jvp(lambda *x: tuple(other.at(x)), leaves, tuple(w))[1]
+
+        def reverse(leaves: Vector) -> Vector:
+            lanes = [t.expand(len(leaves[0]), *t.shape) for t in v]
+            return filled(other.vmapped_reverse(leaves, lanes), leaves)
+
         if not by_tape:
-            return lambda leaves: other.forward(leaves, w)
-        return lambda leaves: filled(other.reverse(leaves, v), leaves)
+            return lambda leaves: other.forward(leaves, w), lambda leaves: torch.vmap(forward)(*leaves)
+        return lambda leaves: filled(other.reverse(leaves, v), leaves), reverse
 
     def _cast(self) -> tuple[tuple[Vector, Vector], tuple[Vector, Vector]]:
         leaves = self.reference.leaves
-        return (self.v, self.reference.at(leaves)), (self.w, leaves)
+        return (self.v, self.reference.here.leaves), (self.w, leaves)
 
     def lanes(self, order: int) -> Iterator[Comparison]:
         """Values and gradients of two lanes under vmap, against a loop over them by routes compared elsewhere."""
-        subject, x, count = self.subject, self.lane_points(), len(LANES)
+        subject = self.subject
+        x, count = subject.lanes, len(subject.lanes[0])
         v = normal_like(stack([self.v] * count), generator(self.seed + 4))
         w = normal_like(x, generator(self.seed + 5))
 
@@ -172,15 +207,15 @@ class Comparing:
             return [t[k] for t in vectors]
 
         def gradient(k: int) -> Vector:
-            return filled(subject.reverse(row(x, k), row(v, k)), row(x, k))
+            return filled(subject.rows[k].pull(row(v, k)), row(x, k))
 
         def second(k: int) -> Vector:
             return filled(subject.reverse_twice(row(x, k), row(v, k), row(w, k)), row(x, k))
 
-        outputs = [f"output{path}" for path in subject.outputs(self.x).paths]
+        outputs = [f"output{path}" for path in subject.here.paths]
         together: dict[str, tuple[Callable[[], Sequence[Tensor]], Callable[[int], Vector], list[str]]] = {
-            "vmap, values": (lambda: subject.vmapped()(*x), lambda k: subject.at(row(x, k)), outputs),
-            "reverse mode through vmap": (lambda: filled(subject.vmapped_reverse(x, v), x), gradient, subject.names),
+            MAPPED: (lambda: subject.mapped.values, lambda k: subject.rows[k].values, outputs),
+            "reverse mode through vmap": (lambda: filled(subject.mapped.pull(v), x), gradient, subject.names),
         }
         if order == 2:
             twice = "reverse over reverse through vmap"
@@ -192,28 +227,20 @@ class Comparing:
         self, what: str, vmapped: Callable[[], Sequence[Tensor]], alone: Callable[[int], Vector], names: list[str]
     ) -> Comparison:
         """Compare tensors ``[lanes, ...]`` with those of each lane alone."""
-        with torch.no_grad():
-            expected = stack([alone(k) for k in range(len(LANES))])
+        try:
+            expected = stack([alone(k) for k in range(len(self.subject.lanes[0]))])
+        except Exception as error:  # As in `settle`: the loop needs the tape.
+            return Comparison.raised(what, "a loop over the lanes", left_out(what.replace(" through vmap", "")), error)
         sizes = [torch.full_like(lane, largest([lane.nan_to_num()])) for tensor in expected for lane in tensor]
         shapes = [lane.shape for tensor in expected for lane in tensor]
-        where = [f" in lane {k} of {name}" for name in names for k in range(len(LANES))]
-        scale = flat(sizes).cpu()
+        where = [f" in lane {k} of {name}" for name in names for k in range(len(self.subject.lanes[0]))]
+        scale = flat(sizes)
         scale = scale.clamp_min(NEGLIGIBLE * float(scale.max()))
-        truth = flat(expected).cpu()
+        truth = flat(expected)
         oracle = Quotients(truth, torch.zeros_like(truth), scale, 0.0)
         entry = functools.partial(named, where, shapes)
-        settled = self.settle(what, lambda: flat(list(vmapped())).cpu(), lambda _: oracle, entry)
+        settled = self.settle(what, lambda: flat(list(vmapped())), lambda _: oracle, entry)
         return replace(settled, oracle="a loop over the lanes")
-
-    def lane_points(self) -> Vector:
-        """Two points as lanes, x and one next to it; twice x itself where the layer is not defined next to it."""
-        points = [[leaf * factor for leaf in self.x] for factor in LANES]
-        try:
-            with torch.no_grad():
-                inside = all(bool(torch.isfinite(flat(self.subject.at(point))).all()) for point in points)
-        except OUTSIDE:
-            inside = False
-        return stack(points if inside else [self.x] * len(LANES))
 
     def settle(
         self,
@@ -228,12 +255,7 @@ class Comparing:
         try:
             found = product()
         except Exception as error:  # Whatever a layer raises here is a finding about the layer.
-            name, message = what.partition(",")[0], str(error).strip().partition("\n")[0]
-            reason = (
-                f"{name} raised {type(error).__name__}: {message} (If the layer is not meant to have it, leave it out "
-                "of `modes`.)"
-            )
-            return Comparison(what, source, "disagree", reason=reason)
+            return Comparison.raised(what, source, left_out(what), error)
         q = oracle(FIRST)
         verdict, k = judge(found, q.expected, q.floor, scale=q.scale, natural=q.natural, tol=self.tol)
         reason = ""
@@ -257,13 +279,11 @@ class Comparing:
         for j in chosen:
             basis = torch.zeros_like(leaf).reshape(-1)
             basis[j] = 1
-            rows.append(
-                self.along(self.reference.at, i, basis.reshape(leaf.shape), self.v)(FIRST).part(slice(-1, None))
-            )
+            rows.append(self.values_along(i, basis.reshape(leaf.shape))(FIRST).part(slice(-1, None)))
         expected, floor = (torch.cat([row[k] for row in rows]) for k in range(2))
         # A small entry is held to the size of the gradient that it is part of, as in a random direction.
         allowed = self.tol * max(float(row.scale[0]) for row in rows)
-        found = torch.zeros_like(expected) if gradient is None else flat([gradient]).cpu()[chosen]
+        found = torch.zeros_like(expected) if gradient is None else flat([gradient])[chosen]
         excess = ((found - expected).abs() / (floor + allowed).clamp_min(1e-300)).nan_to_num(nan=torch.inf)
         excess = torch.where(torch.isfinite(expected), excess, 0.0)
         k = int(excess.argmax())
@@ -272,6 +292,13 @@ class Comparing:
             expected=float(expected[k]), floor=float(floor[k]), allowed=allowed,
             reason="" if gradient is not None else "No gradient reaches this input.",
         )  # fmt: skip
+
+
+def left_out(what: str) -> str:
+    """How not to ask for a derivative."""
+    if "vmap" in what or "forward" in what:
+        return MAP if "vmap" in what else DUAL
+    return "pass order=1" if " over " in what else TAPE
 
 
 def named(names: Sequence[str], shapes: Sequence[torch.Size], k: int) -> str:

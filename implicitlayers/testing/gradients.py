@@ -88,21 +88,33 @@ def compare_gradients(
     seed: int = 0,
 ) -> GradientReport:
     """As `assert_gradients_match`, but return the report whatever it says."""
+    return compare(Subject.of(layer, inputs), inputs, order=order, modes=modes, tol=tol, reference=reference, seed=seed)
+
+
+def compare(
+    subject: Subject,
+    inputs: Sequence[Any],
+    *,
+    order: Literal[1, 2] = 1,
+    modes: Sequence[Mode] = MODES,
+    tol: float | None = None,
+    reference: Callable[..., Any] | None = None,
+    seed: int = 0,
+) -> GradientReport:
+    """`compare_gradients` of what is taken apart already."""
     unknown = [mode for mode in modes if mode not in MODES]
     if isinstance(modes, str) or unknown or not modes:
         raise TypeError(f'modes is {modes!r}; pass a tuple of "reverse", "forward", "vmap".')
     if order not in (1, 2):
         raise TypeError(f"order is {order!r}; pass 1, or 2 to check second derivatives as well.")
-    subject = Subject.of(layer, inputs)
-    out = subject.at(subject.leaves)
     tol = tolerance(subject) if tol is None else tol
-    oracle = _reference(subject, out) if reference is None else _given(reference, subject, inputs)
+    oracle = _reference(subject) if reference is None else _given(reference, subject, inputs)
     return GradientReport(Comparing(subject, oracle, tol, seed).run(modes, order))
 
 
 def tolerance(subject: Subject) -> float:
     """The default tolerance of the coarsest type that goes in or comes out."""
-    return max(TOLERANCES[t.dtype] for t in (*subject.leaves, *subject.at(subject.leaves)))
+    return max(TOLERANCES[t.dtype] for t in (*subject.leaves, *subject.here.leaves))
 
 
 def _doubled(tree: Any) -> Any:
@@ -111,15 +123,16 @@ def _doubled(tree: Any) -> Any:
     )
 
 
-def _reference(subject: Subject, out: list[Tensor]) -> Subject:
+def _reference(subject: Subject) -> Subject:
     """The layer on float64 inputs, if it takes them and answers in kind; otherwise as it is."""
+    out = subject.here.leaves
     if all(t.dtype == torch.float64 for t in (*subject.leaves, *out)):
         return subject
     tree = _doubled(subject.inputs.tree)
     leaves = [pytree.tree_leaves(tree)[i] for i in subject.inputs.where]
     double = dataclasses.replace(subject, inputs=dataclasses.replace(subject.inputs, leaves=leaves, tree=tree))
     try:
-        answer = double.at(leaves)
+        answer = double.here.leaves
     except REFUSED:
         return subject
     if [t.shape for t in answer] != [t.shape for t in out] or any(t.dtype != torch.float64 for t in answer):

@@ -5,6 +5,7 @@ Each function returns comparisons in which one thing the layer said is held agai
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from implicitlayers.testing.quotients import contract, filled, stack
-from implicitlayers.testing.report import Comparison, judge
-from implicitlayers.testing.subject import Subject, fresh, pulled
+from implicitlayers.testing.report import DUAL, MAP, TAPE, Comparison, judge
+from implicitlayers.testing.subject import Recorded, Subject, fresh, pulled
 from implicitlayers.testing.vectors import flat, generator, largest, normal_like, resolution
 
 __all__ = [
@@ -37,17 +38,17 @@ def equal(
     """Whether two lists of tensors are equal up to tol times the largest entry of each tensor, or times `scale`."""
     sizes = [torch.full_like(e.double(), largest([e.nan_to_num()]) if scale is None else scale) for e in expected]
     sizes = [size.clamp_min(ROUNDING) for size in sizes]
-    a, b, s = flat(found).cpu(), flat(expected).cpu(), flat(sizes).cpu()
+    a, b, s = flat(found), flat(expected), flat(sizes)
     verdict, k = judge(a, b, torch.zeros_like(b), scale=s, natural=0.0, tol=tol)
     return Comparison(what, oracle, verdict, f"entry {k}", float(a[k]), float(b[k]), 0.0, tol * float(s[k]))
 
 
-def attempted(what: str, compare: Callable[[], Comparison]) -> Comparison:
-    """The comparison, or the error that the layer answered with."""
+def attempted(what: str, compare: Callable[[], Comparison], without: str = "") -> Comparison:
+    """The comparison, or the error that the layer answered with; `without` is how not to ask for it."""
     try:
         return compare()
     except Exception as error:  # Whatever a layer raises here is a finding about the layer.
-        return Comparison(what, "itself", "disagree", reason=f"raised {type(error).__name__}: {error}")
+        return Comparison.raised(what, "itself", without, error)
 
 
 def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
@@ -55,12 +56,11 @@ def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator
 
     A layer that squares a cotangent to measure it loses small ones: a gradient that is zero, or NaN.
     """
-    x = subject.leaves
-    out = subject.at(x)
+    x, out = subject.leaves, subject.here.leaves
     v, w = (normal_like(out, generator(seed + k)) for k in (11, 12))
 
     def gradient(cotangent: Tensors) -> list[Tensor]:
-        return filled(subject.reverse(x, list(cotangent)), x)
+        return filled(subject.recorded.pull(cotangent), x)
 
     def sums() -> Comparison:
         gv, gw = gradient(v), gradient(w)
@@ -75,8 +75,8 @@ def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator
         compared = equal(f"cotangents of size {epsilon:.0e}", "those of size 1", found, gradient(v), tol)
         return compared if compared.verdict == "agree" else replace(compared, reason=SMALL)
 
-    yield attempted("linear in the cotangent", sums)
-    yield attempted("small cotangents", small)
+    yield attempted("linear in the cotangent", sums, TAPE)
+    yield attempted("small cotangents", small, TAPE)
 
 
 def tiny_factor(tensors: Tensors) -> float:
@@ -90,22 +90,22 @@ def tiny_factor(tensors: Tensors) -> float:
 def forward_is_reverse(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
     """⟨v, J d⟩ = ⟨Jᵀv, d⟩: the dot test."""
     x = subject.leaves
-    v, d = normal_like(subject.at(x), generator(seed + 13)), normal_like(x, generator(seed + 14))
+    v, d = normal_like(subject.here.leaves, generator(seed + 13)), normal_like(x, generator(seed + 14))
 
     def dots() -> Comparison:
-        Jd, Jtv = subject.forward(x, d), subject.reverse(x, v)
+        Jd, Jtv = subject.forward(x, d), subject.recorded.pull(v)
         size = max(_length(Jd, v), _length(filled(Jtv, x), d))
         return equal(
             "forward mode ⟨v, J d⟩", "reverse mode ⟨Jᵀv, d⟩", [contract(Jd, v, 1)], [contract(Jtv, d, 1)], tol, size
         )
 
-    yield attempted("forward mode = reverse mode", dots)
+    yield attempted("forward mode = reverse mode", dots, DUAL)
 
 
 def second_derivative_is_symmetric(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
     """⟨v, f''[w, d]⟩ = ⟨v, f''[d, w]⟩."""
     x = subject.leaves
-    v = normal_like(subject.at(x), generator(seed + 15))
+    v = normal_like(subject.here.leaves, generator(seed + 15))
     w, d = (normal_like(x, generator(seed + k)) for k in (16, 17))
 
     def swapped() -> Comparison:
@@ -115,7 +115,7 @@ def second_derivative_is_symmetric(subject: Subject, tol: float, seed: int = 0) 
             "second derivative in [w, d]", "in [d, w]", [contract(one, d, 1)], [contract(other, w, 1)], tol, size
         )
 
-    yield attempted("symmetric second derivative", swapped)
+    yield attempted("symmetric second derivative", swapped, "pass order=1")
 
 
 def _length(a: Tensors, b: Tensors) -> float:
@@ -123,42 +123,46 @@ def _length(a: Tensors, b: Tensors) -> float:
     return float((flat(a) * flat(b)).norm())
 
 
-def lanes_permute(subject: Subject, lanes: Tensors, tol: float, seed: int = 0) -> Iterator[Comparison]:
+def lanes_permute(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
     """Vmap over lanes in another order returns the same in that order, values and gradients."""
-    count = len(lanes[0])
-    order = torch.arange(count).roll(1)
-    shuffled = [leaf[order] for leaf in lanes]
+    order = torch.arange(len(subject.lanes[0])).roll(1)
+    shuffled = functools.cache(
+        lambda: Recorded.of(lambda leaves: subject.vmapped()(*leaves), [leaf[order] for leaf in subject.lanes])
+    )
 
     def values() -> Comparison:
-        found, straight = subject.vmapped()(*shuffled), subject.vmapped()(*lanes)
+        found, straight = shuffled().values, subject.mapped.values
         return equal("vmap, lanes in another order", "those lanes", found, [t[order] for t in straight], tol)
 
     def gradients() -> Comparison:
-        v = normal_like(subject.vmapped()(*lanes), generator(seed + 18))
-        found = filled(subject.vmapped_reverse(shuffled, [t[order] for t in v]), shuffled)
-        straight = filled(subject.vmapped_reverse(lanes, v), lanes)
+        v = normal_like(subject.mapped.values, generator(seed + 18))
+        found = filled(shuffled().pull([t[order] for t in v]), subject.lanes)
+        straight = filled(subject.mapped.pull(v), subject.lanes)
         return equal("gradient of vmap, lanes in another order", "those", found, [t[order] for t in straight], tol)
 
-    yield attempted("vmap, lanes in another order", values)
-    yield attempted("gradient of vmap, lanes in another order", gradients)
+    yield attempted("vmap, lanes in another order", values, MAP)
+    yield attempted("gradient of vmap, lanes in another order", gradients, MAP)
 
 
 def lanes_are_independent(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
     """A layer that takes batches returns for each element what it returns for it alone, values and gradients."""
     x = subject.leaves
-    count = len(x[0])
-    v = normal_like(subject.at(x), generator(seed + 19))
-    alone = [[t[k : k + 1] for t in x] for k in range(count)]
+    v = normal_like(subject.here.leaves, generator(seed + 19))
+    alone = functools.cache(
+        lambda: [Recorded.of(subject.at, [t[k : k + 1] for t in x]) for k in range(len(x[0]))]
+    )  # fmt: skip
 
     def joined(rows: list[list[Tensor]]) -> list[Tensor]:
         return [t.flatten(0, 1) for t in stack(rows)]
 
     def values() -> Comparison:
-        return equal("batch", "a loop over it", subject.at(x), joined([subject.at(row) for row in alone]), tol)
+        return equal("batch", "a loop over it", subject.here.leaves, joined([row.values for row in alone()]), tol)
 
     def gradients() -> Comparison:
-        rows = [filled(subject.reverse(row, [t[k : k + 1] for t in v]), row) for k, row in enumerate(alone)]
-        return equal("gradient of a batch", "a loop over it", filled(subject.reverse(x, v), x), joined(rows), tol)
+        rows = [filled(row.pull([t[k : k + 1] for t in v]), row.given) for k, row in enumerate(alone())]
+        return equal(
+            "gradient of a batch", "a loop over it", filled(subject.recorded.pull(v), x), joined(rows), tol
+        )  # fmt: skip
 
     yield attempted("batch = loop", values)
     yield attempted("gradient of a batch = loop", gradients)
@@ -170,14 +174,14 @@ def independent_of_start(
     """Value and gradient do not depend on where the search begins, and no gradient flows to the start."""
     first, second = starts
 
+    one, other = at_start(first), at_start(second)
+
     def values() -> Comparison:
-        one, other = at_start(first), at_start(second)
-        return equal("from another start", "the first start", other.at(other.leaves), one.at(one.leaves), tol)
+        return equal("from another start", "the first start", other.here.leaves, one.here.leaves, tol)
 
     def gradients() -> Comparison:
-        one, other = at_start(first), at_start(second)
-        v = normal_like(one.at(one.leaves), generator(seed + 20))
-        found, expected = (filled(s.reverse(s.leaves, v), s.leaves) for s in (other, one))
+        v = normal_like(one.here.leaves, generator(seed + 20))
+        found, expected = (filled(s.recorded.pull(v), s.leaves) for s in (other, one))
         return equal("gradient from another start", "the first start", found, expected, tol)
 
     def through() -> Comparison:
@@ -187,7 +191,7 @@ def independent_of_start(
             with torch.enable_grad():
                 subject = at_start(begin)
                 out = subject.at([fresh(leaf) for leaf in subject.leaves])
-            found = pulled(out, [begin], None, False)
+            found = pulled(out, [begin], None)
         except Exception as error:  # A layer may well refuse: a gradient in the start is never meant.
             return Comparison(what, "zero", "agree", reason=f"refused: {type(error).__name__}")
         return equal(what, "zero", filled(found, [zero]), [zero], tol, 1.0)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitlayers.testing.finite_difference import finite_difference, reach
-from implicitlayers.testing.vectors import flat, largest
+from implicitlayers.testing.finite_difference import differentiate, reach
+from implicitlayers.testing.vectors import Floating, flat, largest
 
 __all__ = ["NEGLIGIBLE", "Oracle", "Quotients", "Vector", "contract", "filled", "quotients", "stack"]
 
@@ -55,22 +55,36 @@ def contract(values: Sequence[Tensor | None], weights: Vector, lanes: int) -> Te
 
 
 def quotients(
-    function: Callable[[Vector], Vector], x: Vector, d: Vector, weights: Vector, lanes: int, ratio: float, tol: float
+    function: Callable[[Vector], Vector],
+    vectorized: Callable[[Vector], Vector] | None,
+    x: Vector,
+    d: Vector,
+    weights: Vector,
+    ratio: float,
+    tol: float,
 ) -> Quotients:
-    """Differences of `function` at `x` along `d`, and of its contraction in each lane, a good deal finer than `tol`."""
+    """Differences of `function` at `x` along `d`, and of its contraction, a good deal finer than `tol`."""
 
     def both(leaves: Vector) -> Vector:
         values = function(leaves)
-        return [*values, contract(values, weights, lanes)]
+        return [*values, contract(values, weights, 1)]
 
-    found, floor = finite_difference(both, x, d, ratio=ratio, enough=tol / 1000)
-    values, rows = found[:-1], zip(found[:-1], weights, strict=True)
+    def many(leaves: Vector) -> Vector:
+        assert vectorized is not None
+        values, lanes = vectorized(leaves), len(leaves[0])
+        return [*values, contract(values, [w.expand(lanes, *w.shape) for w in weights], lanes)[:, None]]
+
+    point = Floating.of(x, "x")
+    found = differentiate(
+        both, point, d, ratio=ratio, enough=tol / 1000, vectorized=None if vectorized is None else many
+    )  # fmt: skip
+    values, rows = found.derivative[:-1], zip(found.derivative[:-1], weights, strict=True)
     scale = [torch.full_like(value, largest([value.nan_to_num()])) for value in values]
-    summands = sum((value * w.double()).square().reshape(lanes, -1).sum(1).cpu() for value, w in rows)
+    summands = sum((value * w.double()).square().sum().cpu() for value, w in rows)
     assert isinstance(summands, Tensor)
-    natural = largest([value.nan_to_num() for value in both(x)]) / reach(x, d)
-    sizes = flat([*scale, summands.sqrt()]).cpu().clamp_min(NEGLIGIBLE * natural)
-    return Quotients(flat(found).cpu(), flat(floor).cpu(), sizes, natural)
+    natural = largest([value.nan_to_num() for value in found.here.leaves]) / reach(x, d)
+    sizes = flat([*scale, summands.sqrt()]).clamp_min(NEGLIGIBLE * natural)
+    return Quotients(flat(found.derivative), flat(found.error), sizes, natural)
 
 
 def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:

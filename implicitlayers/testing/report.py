@@ -9,7 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Comparison", "GradientMismatch", "GradientReport", "InconclusiveGradients", "Verdict", "judge"]
+__all__ = ["Comparison", "GradientMismatch", "GradientReport", "InconclusiveGradients", "Verdict", "combined", "judge"]
+
+# How not to ask for what a layer does not support.
+TAPE, DUAL, MAP = (f'leave "{mode}" out of `modes`' for mode in ("reverse", "forward", "vmap"))
 
 Verdict = Literal["agree", "disagree", "inconclusive"]
 
@@ -48,6 +51,7 @@ class Comparison:
         floor: error estimate of the oracle: a smaller difference says nothing.
         allowed: tol times the size of the derivative.
         reason: why the verdict is not "agree", and what to do.
+        missing: where the layer raised, the option whose value asks for that: it may not be meant to have it.
     """
 
     what: str
@@ -59,6 +63,13 @@ class Comparison:
     floor: float = 0.0
     allowed: float = 0.0
     reason: str = ""
+    missing: str = ""
+
+    @classmethod
+    def raised(cls, what: str, oracle: str, missing: str, error: Exception) -> Comparison:
+        """What a layer raised instead of an answer."""
+        message = str(error).strip().partition("\n")[0]
+        return cls(what, oracle, "disagree", reason=f"raised {type(error).__name__}: {message}", missing=missing)
 
     @property
     def difference(self) -> float:
@@ -73,6 +84,9 @@ class Comparison:
 
     def __str__(self) -> str:
         """One paragraph."""
+        if self.missing:
+            remedy = f"If the layer is not meant to have it, {self.missing}."
+            return f"not supported: {self.what}\n    {self.reason}\n    {remedy}"
         lines = [f"{self.verdict}: {self.what}, against {self.oracle}"]
         if self.entry:
             lines.append(
@@ -112,15 +126,19 @@ class GradientReport:
     def __str__(self) -> str:
         """The worst comparison first, then the other troubled ones, then what agrees in one line."""
         ordered = sorted(self.comparisons, key=lambda c: c.rank, reverse=True)
-        troubled = [c for c in ordered if c.verdict != "agree"]
+        troubled = [c for c in ordered if c.verdict != "agree" and not c.missing]
+        # Asked for anything that it does not have a layer raises much the same.
+        unsupported = {c.missing: c for c in self.comparisons[::-1] if c.missing}
         agreeing = [c for c in ordered if c.verdict == "agree"]
         head = {
             "agree": "The gradients agree",
             "disagree": "The gradients disagree",
             "inconclusive": "The gradients could not be checked",
         }[self.verdict]
+        if unsupported and not troubled:
+            head = "The layer does not support everything"
         lines = [f"{head} ({len(agreeing)} of {len(ordered)} comparisons agree)."]
-        lines += [str(c) for c in troubled[:8]]
+        lines += [str(c) for c in (*troubled[:8], *list(unsupported.values())[::-1])]
         if len(troubled) > 8:
             lines.append(f"… and {len(troubled) - 8} more.")
         if agreeing:

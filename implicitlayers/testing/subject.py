@@ -7,6 +7,7 @@ torch.func.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,41 @@ from torch.func import functional_call, jvp, vmap
 
 from implicitlayers.testing.vectors import Floating
 
-__all__ = ["LANES", "Subject"]
+__all__ = ["Recorded", "Subject"]
 
 LANES = (1.0, 1.0 + 1 / 32)
 """What the inputs are multiplied by to make lanes of them: positive definite, sparse or symmetric stays what it is."""
 
 Leaves = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One evaluation on the tape, whose gradient is taken as often as one likes.
+
+    Attributes:
+        given: what went in.
+        out: what came out, with its graph.
+    """
+
+    given: list[Tensor]
+    out: list[Tensor]
+
+    @classmethod
+    def of(cls, function: Callable[[Leaves], Sequence[Tensor]], leaves: Leaves) -> Recorded:
+        """Evaluate."""
+        with torch.enable_grad():
+            given = [fresh(leaf) for leaf in leaves]
+            return cls(given, list(function(given)))
+
+    @property
+    def values(self) -> list[Tensor]:
+        """What came out, without its graph."""
+        return [o.detach() for o in self.out]
+
+    def pull(self, v: Leaves) -> list[Tensor | None]:
+        """Jᵀ v; None for a leaf that no gradient reaches."""
+        return pulled(self.out, self.given, v, record=False, retain=True)
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,42 @@ class Subject:
         """The point, without a graph."""
         return [leaf.detach() for leaf in self.inputs.leaves]
 
+    @functools.cached_property
+    def here(self) -> Floating:
+        """The output at the point, without a graph."""
+        with torch.no_grad():
+            return self.outputs(self.leaves)
+
+    @functools.cached_property
+    def recorded(self) -> Recorded:
+        """The layer at the point, on the tape."""
+        return Recorded.of(self.at, self.leaves)
+
+    @functools.cached_property
+    def rows(self) -> list[Recorded]:
+        """The layer at x and next to it, one after the other; twice at x where it is not defined next to it."""
+        first = self.recorded
+        try:
+            rows = [first, *(Recorded.of(self.at, [leaf * factor for leaf in self.leaves]) for factor in LANES[1:])]
+            inside = all(bool(torch.isfinite(value).all()) for row in rows for value in row.values)
+        except Exception:  # Layers have exceptions of their own for where they are not defined.
+            inside = False
+        return rows if inside else [first] * len(LANES)
+
+    @functools.cached_property
+    def lanes(self) -> list[Tensor]:
+        """The points of the rows, as lanes; twice x where the layer cannot be recorded."""
+        try:
+            points = [row.given for row in self.rows]
+        except Exception:  # It says what it raises where it is asked for a gradient.
+            points = [self.leaves] * len(LANES)
+        return [torch.stack([leaf.detach() for leaf in column]) for column in zip(*points, strict=True)]
+
+    @functools.cached_property
+    def mapped(self) -> Recorded:
+        """The layer at all lanes under vmap."""
+        return Recorded.of(lambda leaves: self.vmapped()(*leaves), self.lanes)
+
     def at(self, leaves: Leaves) -> list[Tensor]:
         """Floating tensors of the output."""
         return self.outputs(leaves).leaves
@@ -84,13 +150,13 @@ class Subject:
         """Jᵀ v by the tape; None for a leaf that no gradient reaches."""
         with torch.enable_grad():
             given = [leaf if record and leaf.requires_grad else fresh(leaf) for leaf in leaves]
-            return pulled(self.at(given), given, v, record)
+            return pulled(self.at(given), given, v, record=record)
 
     def reverse_twice(self, leaves: Leaves, v: Leaves, w: Leaves) -> list[Tensor | None]:
         """∂/∂x ⟨Jᵀ v, w⟩ by the tape, through its own backward."""
         with torch.enable_grad():
             given = [fresh(leaf) for leaf in leaves]
-            return pulled([pair(self.reverse(given, v, record=True), w)], given, None, False)
+            return pulled([pair(self.reverse(given, v, record=True), w)], given, None)
 
     def forward(self, leaves: Leaves, d: Leaves) -> list[Tensor]:
         """J d by dual numbers."""
@@ -102,7 +168,7 @@ class Subject:
         """∂/∂d of Jᵀ v by dual numbers through the tape."""
         with torch.enable_grad(), dual.dual_level():
             given = [dual.make_dual(fresh(leaf), t) for leaf, t in zip(leaves, d, strict=True)]
-            first = pulled(self.at(given), given, v, True)
+            first = pulled(self.at(given), given, v, record=True)
             zeros = [torch.zeros_like(leaf) for leaf in leaves]
             return [zero if g is None else tangent(g).detach() for g, zero in zip(first, zeros, strict=True)]
 
@@ -122,13 +188,13 @@ class Subject:
         """Jᵀ v of all lanes, by the tape around vmap."""
         with torch.enable_grad():
             given = [leaf if record else fresh(leaf) for leaf in lanes]
-            return pulled(list(self.vmapped()(*given)), given, v, record)
+            return pulled(list(self.vmapped()(*given)), given, v, record=record)
 
     def vmapped_reverse_twice(self, lanes: Leaves, v: Leaves, w: Leaves) -> list[Tensor | None]:
         """∂/∂x ⟨Jᵀ v, w⟩ of all lanes."""
         with torch.enable_grad():
             given = [fresh(leaf) for leaf in lanes]
-            return pulled([pair(self.vmapped_reverse(given, v, record=True), w)], given, None, False)
+            return pulled([pair(self.vmapped_reverse(given, v, record=True), w)], given, None)
 
 
 def fresh(leaf: Tensor) -> Tensor:
@@ -148,11 +214,16 @@ def pair(found: Sequence[Tensor | None], with_: Leaves) -> Tensor:
     return torch.stack(terms).sum() if terms else with_[0].new_zeros(())
 
 
-def pulled(out: Sequence[Tensor], leaves: Leaves, v: Leaves | None, record: bool) -> list[Tensor | None]:
+def pulled(
+    out: Sequence[Tensor], leaves: Leaves, v: Leaves | None, *, record: bool = False, retain: bool = False
+) -> list[Tensor | None]:
     """Gradients of ⟨v, out⟩; None for leaves that are not connected."""
     weights = [torch.ones_like(o) for o in out] if v is None else v
     reached = [(o, w) for o, w in zip(out, weights, strict=True) if o.requires_grad]
     if not reached:
         return [None] * len(leaves)
     ends, cotangents = zip(*reached, strict=True)
-    return list(torch.autograd.grad(ends, leaves, cotangents, create_graph=record, allow_unused=True))
+    found = torch.autograd.grad(
+        ends, leaves, cotangents, create_graph=record, retain_graph=record or retain, allow_unused=True
+    )
+    return list(found)

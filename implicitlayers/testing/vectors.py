@@ -64,8 +64,8 @@ class Floating:
 
 
 def flat(leaves: Sequence[Tensor]) -> Tensor:
-    """All leaves as one float64 vector, without a graph."""
-    return torch.cat([leaf.detach().double().reshape(-1) for leaf in leaves])
+    """All leaves as one float64 vector on the CPU, without a graph."""
+    return torch.cat([leaf.detach().cpu().double().reshape(-1) for leaf in leaves])
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -45,7 +45,7 @@ def correct(results: Path, examples: int, seconds: float, match: str) -> int:
     for count in campaign.go_on(layers, results, examples, seconds):
         if count.alarm:
             print(f"false alarm: {count.layer}\n{count.alarm}\n", file=sys.stderr, flush=True)
-    for row in campaign.table(chosen, results):
+    for row in campaign.table(chosen, results, examples):
         print(row)
     return sum(bool(count.alarm) for name, count in campaign.counts(results).items() if name in layers)
 

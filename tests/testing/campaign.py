@@ -12,8 +12,11 @@ from pathlib import Path
 from implicitlayers.testing import InconclusiveGradients
 from tests.testing.library_layers import Check
 
-FIRST, MOST = 2, 250
+FIRST, MOST = 8, 250
 """Examples of a layer's first batch, and of its largest: each repeats the simplest ones, so they grow."""
+
+EACH = 32
+"""Examples that every layer gets before any gets more."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,23 @@ def look(layer: str, check: Check, examples: int) -> Count:
 
 
 def go_on(layers: Mapping[str, Check], results: Path, examples: int, seconds: float) -> Iterator[Count]:
-    """Give examples to the layer that has fewest, until all have enough or the time is over."""
+    """Give every layer some examples, then all to the layer that will be done first, until the time is over."""
     end, order = time.monotonic() + seconds, random.Random(0)
+
+    def urgency(name: str) -> tuple[bool, float, float]:
+        count = done[name]
+        if count.examples < EACH:
+            # Of equals any one, so that an early end has looked into every corner.
+            return False, count.examples, order.random()
+        return True, count.seconds / count.examples * (examples - count.examples), 0.0
+
     done = {name: Count(name) for name in layers} | counts(results)
     while time.monotonic() < end:
-        waiting = [name for name in layers if not (done[name].exhausted or done[name].alarm)]
-        # Of equals any one, so that an early end has looked into every corner.
-        name = min(waiting, key=lambda name: (done[name].examples, order.random()), default=None)
-        if name is None or done[name].examples >= examples:
+        waiting = [
+            name for name in layers if done[name].examples < examples and not (done[name].exhausted or done[name].alarm)
+        ]
+        name = min(waiting, key=urgency, default=None)
+        if name is None:
             return
         batch = min(max(FIRST, done[name].examples), MOST, examples - done[name].examples)
         count = look(name, layers[name], batch)
@@ -91,10 +103,11 @@ def go_on(layers: Mapping[str, Check], results: Path, examples: int, seconds: fl
         yield count
 
 
-def table(groups: Mapping[str, Mapping[str, Check]], results: Path) -> Iterator[str]:
+def table(groups: Mapping[str, Mapping[str, Check]], results: Path, examples: int) -> Iterator[str]:
     """Rows of Markdown, one for each group of layers, and their sum."""
     found = counts(results)
-    yield "| layers | how many | examples of each | examples | inconclusive | false alarms |\n|---|---|---|---|---|---|"
+    yield f"| layers | how many | with {examples:,} examples | examples of each | examples | inconclusive | alarms |"
+    yield "|---|---|---|---|---|---|---|"
     everything = {"all": [name for names in groups.values() for name in names]}
     for group, names in [*groups.items(), *everything.items()]:
         rows = [found.get(name, Count(name)) for name in names]
@@ -102,4 +115,5 @@ def table(groups: Mapping[str, Mapping[str, Check]], results: Path) -> Iterator[
         span = f"{min(each):,}" if min(each) == max(each) else f"{min(each):,} to {max(each):,}"
         total, silent = sum(row.examples for row in rows), sum(row.inconclusive for row in rows)
         alarms = sum(bool(row.alarm) for row in rows)
-        yield f"| {group} | {len(rows)} | {span} | {total:,} | {silent:,} | {alarms} |"
+        full = sum(row.examples >= examples or row.exhausted for row in rows)
+        yield f"| {group} | {len(rows)} | {full} | {span} | {total:,} | {silent:,} | {alarms} |"

@@ -99,3 +99,38 @@ def test_enough_stops_early():
 def test_what_has_no_derivative_is_refused(x, direction, words):
     with pytest.raises(TypeError, match=words):
         finite_difference(lambda t: t, x, direction)
+
+
+@pytest.mark.parametrize(
+    ("kinked", "low", "high"),
+    [(torch.abs, -1.0, 1.0), (lambda t: t.relu() + t.exp(), 1.0, 2.0), (lambda t: 1e-6 * t.abs() + t.sin(), 1.0, 1.0)],
+)
+def test_at_a_kink_the_estimate_covers_both_slopes(kinked, low, high):
+    slope, error = finite_difference(kinked, torch.tensor(0.0).double(), torch.tensor(1.0).double())
+    assert slope - error <= low
+    assert high <= slope + error
+
+
+def test_evaluating_many_points_at_once_changes_nothing():
+    x, d = torch.tensor([0.5, 2.0]).double(), torch.tensor([1.0, -1.0]).double()
+    calls = []
+
+    def f(t):
+        calls.append(t.shape)
+        return t.sin() * t.flip(0)
+
+    one_by_one = finite_difference(f, x, d)
+    sequential, together = len(calls), finite_difference(f, x, d, vectorized=torch.vmap(f))
+    assert all(torch.equal(a, b) for a, b in zip(one_by_one, together, strict=True))
+    assert len(calls) - sequential <= 4 < sequential
+
+
+def test_a_point_outside_the_domain_does_not_spoil_the_others():
+    def f(t):
+        if bool((t < 0.9).any()):
+            raise ValueError("not defined here")
+        return t.log()
+
+    here, d = torch.tensor(1.0).double(), torch.tensor(1.0).double()
+    slope, error = finite_difference(f, here, d, vectorized=f)
+    assert abs(slope - 1) <= error < 1e-6

@@ -93,7 +93,7 @@ def test_nan_is_wrong():
 
 def test_a_missing_mode_is_told_and_not_skipped():
     no_forward = function(lambda x: x.sin(), lambda v, y, x: v * x.cos())
-    with pytest.raises(GradientMismatch, match="forward mode raised NotImplementedError"):
+    with pytest.raises(GradientMismatch, match=r"not supported: forward mode.*\n    raised NotImplementedError"):
         assert_gradients_match(no_forward, B)
     assert assert_gradients_match(no_forward, B, modes=("reverse", "vmap")).agrees
 
