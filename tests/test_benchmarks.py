@@ -115,6 +115,19 @@ def test_device(measure, monkeypatch):
         assert row["cosine"] > (0.8 if row["precision"] == "bf16" else 0.9999)
 
 
+def test_a_gpu_is_asked_for_graphs_and_tf32_as_well():
+    ways = list(device._ways(replace(device.SAME, device="cuda", tasks=32), cuda=True))
+    assert len(set(ways)) == len(ways) == 2 * 2 * 3 * 2
+    chosen = {(way.way, way.config.graph, way.config.precision) for way in ways}
+    assert chosen == {
+        (way, way == "graph", name) for way in ("batched", "graph") for name in ("float32", "tf32", "bf16")
+    }
+    assert {way.config.tasks for way in ways} == {32}
+    graph = next(way for way in ways if way.config.graph)
+    taken = device._step(graph._replace(config=replace(graph.config, device="cpu")))
+    assert isinstance(taken, device.CapturedStep)
+
+
 def test_an_unknown_name_is_refused():
     app = typer.Typer()
     app.command()(command.main)

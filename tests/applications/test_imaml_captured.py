@@ -1,6 +1,7 @@
 """A meta-step asks the device nothing, and recorded as a graph it is the eager one to the bit."""
 
 import importlib
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -197,6 +198,52 @@ def test_a_run_that_cannot_have_a_graph_leaves_no_folder(tmp_path):
 
 def test_a_gpu_may_have_a_graph():
     assert check_capturable(Config(graph=True), CUDA, Processes()) is None
+
+
+def test_a_cuda_graph_is_recorded_in_the_order_that_pytorch_asks_for(monkeypatch):
+    told = []
+
+    class Stream:
+        def __init__(self, name="beside"):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def register_generator_state(self, generator):
+            told.append(f"registered {generator}")
+
+        def replay(self):
+            told.append("replayed")
+
+    @contextmanager
+    def inside(what):
+        told.append(f"into {what}")
+        yield
+        told.append(f"out of {what}")
+
+    patches = {
+        "Stream": Stream,
+        "current_stream": lambda: Stream("current"),
+        "CUDAGraph": Graph,
+        "device": lambda device: inside(device),
+        "stream": lambda stream: inside(stream.name),
+        "graph": lambda graph: inside("graph"),
+    }
+    for name, stand_in in patches.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    recorder = CudaGraph(torch.device("cuda:1"))
+    recorder.warm_up(lambda: told.append("run"))
+    assert told == [
+        *("into cuda:1", "beside waits for current", "into beside", "run", "run", "run", "out of beside"),
+        *("current waits for beside", "out of cuda:1"),
+    ]
+    told.clear()
+    replay = recorder.record(lambda: told.append("run"), "generator")
+    assert told == ["into cuda:1", "registered generator", "into graph", "run", "out of graph", "out of cuda:1"]
+    replay()
+    assert told[-1] == "replayed"
 
 
 @pytest.mark.gpu
