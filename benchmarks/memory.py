@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
-from benchmarks.memory_probe import SHOTS, WAYS
+import torch
+
+from applications.imaml.paper.cost import CostSettings
+from applications.imaml.paper.probe import Memory, memory_of
 from benchmarks.report import Report
 
 STEPS = (1, 4, 16, 64, 256)
 # Backpropagation through the path keeps every step: beyond this it takes gigabytes to show what is clear by then.
 LAST_MAML = 16
-TASKS = 2
+WAYS, SHOTS, TASKS = 20, 5, 2
 MIB = 2**20
 
 
@@ -24,22 +24,21 @@ def run(device: str, repeats: int) -> Report:
         device: where to run.
         repeats: not used: a peak is a peak.
     """
-    gradient = _probe("gradient", 1, device)
-    one = gradient["peak"] - gradient["before"]
+    settings = CostSettings(ways=WAYS, shots=SHOTS, tasks=TASKS, device=device, threads=torch.get_num_threads())
+    one = _grown(memory_of(settings.config("imaml", 1), gradient=True))
     rows: list[dict[str, Any]] = []
     for way in ("imaml", "fomaml", "maml"):
         for steps in STEPS:
             if way == "maml" and steps > LAST_MAML:
                 continue
-            measured = _probe(way, steps, device)
-            step = measured["peak"] - measured["before"]
+            measured = memory_of(settings.config(way, steps))
             rows.append(
                 {
                     "way": way,
                     "inner steps": steps,
-                    "peak MiB": measured["peak"] / MIB,
-                    "of the step MiB": step / MIB,
-                    "in inner gradients": step / one,
+                    "peak MiB": measured.peak / MIB,
+                    "of the step MiB": _grown(measured) / MIB,
+                    "in inner gradients": _grown(measured) / one,
                 }
             )
     imaml = [row for row in rows if row["way"] == "imaml"]
@@ -54,11 +53,5 @@ def run(device: str, repeats: int) -> Report:
     )
 
 
-def _probe(way: str, steps: int, device: str) -> dict[str, int]:
-    options = ["--way", way, "--steps", str(steps), "--tasks", str(TASKS), "--device", device]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory_probe", *options], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the memory probe for {way} with {steps} steps failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+def _grown(memory: Memory) -> int:
+    return memory.peak - memory.before

@@ -8,7 +8,8 @@ from applications.imaml.algorithms import meta_loss
 from applications.imaml.config import Config, CurvatureName
 from applications.imaml.device import keep_freed_memory
 from applications.imaml.episodes import Tasks
-from applications.imaml.network import Parameters, initialize
+from applications.imaml.networks import Parameters
+from applications.imaml.paper.probe import Given, given
 from benchmarks.report import Report, median_seconds
 from benchmarks.task_by_task import meta_gradient
 
@@ -67,17 +68,8 @@ def one_by_one(theta: Parameters, tasks: Tasks) -> dict[str, torch.Tensor]:
     return meta_gradient(theta, tasks, LAM, LR, INNER_STEPS, CG_STEPS)
 
 
-def _given(count: int, device: str) -> tuple[Parameters, Tasks]:
-    generator = torch.Generator().manual_seed(0)
-    theta = {name: value.to(device).requires_grad_() for name, value in initialize(WAYS, 1, generator).items()}
-    return theta, random_tasks(count, WAYS, generator, device)
-
-
-def random_tasks(count: int, ways: int, generator: torch.Generator, device: str, shots: int = 1) -> Tasks:
-    """Tasks of noise: speed and memory do not depend on what the images show."""
-    labels = torch.arange(ways).repeat_interleave(shots).repeat(count, 1)
-    images = [torch.rand(count, ways * shots, 1, 28, 28, generator=generator) for _ in range(2)]
-    return Tasks(images[0].to(device), labels.to(device), images[1].to(device), labels.to(device))
+def _given(count: int, device: str) -> Given:
+    return given(Config(ways=WAYS, tasks=count), torch.device(device))
 
 
 def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

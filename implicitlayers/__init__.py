@@ -33,7 +33,7 @@ from implicitlayers.regularizers import (
     Ridge,
     Simplex,
 )
-from implicitlayers.solver import Solver
+from implicitlayers.solver import Progress, Solver
 from implicitlayers.solvers.adam import Adam
 from implicitlayers.solvers.fixed_point import Anderson, Broyden, FixedPointIteration
 from implicitlayers.solvers.given import BestSoFar, Given
@@ -47,6 +47,7 @@ from implicitlayers.solvers.proximal import ProximalGradient
 from implicitlayers.solvers.scipy_method import Scipy
 from implicitlayers.solvers.torch_optimizer import TorchOptimizer
 from implicitlayers.status import (
+    RUNNING,
     AdjointError,
     AdjointReport,
     AdjointWarning,
@@ -63,13 +64,13 @@ from implicitlayers.terms import Composite
 __version__ = "0.1.0"
 
 __all__ = [
-    "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "Adam", "Adjoint", "AdjointError", "AdjointReport", "AdjointWarning",
-    "Anderson", "Armijo", "Auto", "BestSoFar", "BiCGStab", "Box", "Broyden", "Composite", "Dense", "ElasticNet",
-    "Fixed", "FixedPointIteration", "GaussNewton", "Given", "GradientDescent", "GroupLasso", "Implicit",
+    "CG", "GMRES", "LBFGS", "LSMR", "MINRES", "RUNNING", "Adam", "Adjoint", "AdjointError", "AdjointReport",
+    "AdjointWarning", "Anderson", "Armijo", "Auto", "BestSoFar", "BiCGStab", "Box", "Broyden", "Composite", "Dense",
+    "ElasticNet", "Fixed", "FixedPointIteration", "GaussNewton", "Given", "GradientDescent", "GroupLasso", "Implicit",
     "ImplicitArgmin", "ImplicitLayersError", "InteriorPoint", "Jacobi", "Kind", "L1Ball", "L2Ball",
-    "LBFGSPreconditioner", "Lasso", "LevenbergMarquardt", "LineSearch", "LinearSolution", "LinearSolver",
-    "MisuseError", "Neumann", "Newton", "NonNegative", "NormalCG", "Nystrom", "OneStep", "Operator", "Penalty",
-    "Preconditioner", "PrimalDual", "Prox", "Proximal", "ProximalGradient", "Regularizer", "Ridge", "Scipy", "Simplex",
+    "LBFGSPreconditioner", "Lasso", "LevenbergMarquardt", "LineSearch", "LinearSolution", "LinearSolver", "MisuseError",
+    "Neumann", "Newton", "NonNegative", "NormalCG", "Nystrom", "OneStep", "Operator", "Penalty", "Preconditioner",
+    "PrimalDual", "Progress", "Prox", "Proximal", "ProximalGradient", "Regularizer", "Ridge", "Scipy", "Simplex",
     "Solution", "SolveError", "SolveWarning", "Solver", "Stats", "Status", "StrongWolfe", "TorchOptimizer", "Unrolled",
     "argmin", "fixed_point", "least_squares", "linear_solve", "nn", "quadratic_program", "root",
 ]  # fmt: skip

@@ -8,22 +8,24 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from applications.imaml.paper.probe import Memory
 from benchmarks import __main__ as command
-from benchmarks import accuracy, adjoint, device, lanes, large, meta_step, overhead
+from benchmarks import accuracy, adjoint, device, lanes, large, memory, meta_step, overhead, scaling
 
 
 @pytest.fixture
 def measure(tmp_path):
-    """Run the command as a shell would, and return what it wrote."""
+    """Run the command as a shell would, and return what it wrote and printed."""
     app = typer.Typer()
     app.command()(command.main)
 
-    def run(name):
+    def run(name, *options):
         threads = torch.get_num_threads()
-        result = CliRunner().invoke(app, [name, "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)])
+        arguments = [name, "--device", "cpu", "--repeats", "1", "--out", str(tmp_path), *options]
+        result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
         assert torch.get_num_threads() == threads
-        return json.loads((tmp_path / f"{name}.json").read_text())
+        return json.loads((tmp_path / f"{name}.json").read_text()) | {"printed": result.output}
 
     return run
 
@@ -83,15 +85,47 @@ def test_the_ridge_is_its_closed_form(monkeypatch):
 
 
 def test_adjoint(measure, monkeypatch):
-    for name, value in {"N": 40, "CONDITIONS": (1e1, 1e2), "RANK": 8, "MEMORY": 5}.items():
+    for name, value in {"N": 40, "CONDITIONS": (1e1, 1e2), "ALL_CONDITIONS": (1e1,), "RANK": 8, "MEMORY": 5}.items():
         monkeypatch.setattr(adjoint, name, value)
-    assert {row["spectrum"] for row in measure("adjoint")["rows"]} == {"spread", "outliers", "scaled"}
+    found = measure("adjoint")
+    rows = found["rows"]
+    assert [(row["spectrum"], row["κ"], row["measure"]) for row in rows] == [
+        (spectrum, condition, measured)
+        for spectrum in ("spread", "outliers", "scaled")
+        for condition in ("1e+01", "1e+02")
+        for measured in ("steps", "ms")
+    ]
+    # As wide as a terminal: no cell is cut or broken over lines.
+    table = [line for line in found["printed"].splitlines() if line.startswith(("│", "┃"))]
+    assert len(table) == 1 + len(rows)
+    assert max(map(len, table)) <= 80
+    assert "…" not in found["printed"]
+    assert {row["κ"] for row in measure("adjoint", "--full")["rows"]} == {"1e+01"}
 
 
 def test_accuracy(measure, monkeypatch):
     for name, value in {"PROBLEMS": 8, "SWEPT": 2, "LARGEST": 10}.items():
         monkeypatch.setattr(accuracy, name, value)
     assert measure("accuracy")["rows"][4]["problems"] == 8
+
+
+def test_memory(measure, monkeypatch):
+    for name, value in {"STEPS": (1, 2), "LAST_MAML": 1, "WAYS": 2, "SHOTS": 2, "TASKS": 1}.items():
+        monkeypatch.setattr(memory, name, value)
+    asked = []
+
+    def measured(config, *, gradient=False):
+        asked.append((config.algorithm, config.inner_steps, gradient))
+        assert (config.ways, config.shots, config.queries, config.tasks) == (2, 2, 2, 1)
+        return Memory(10 * 2**20, (12 if gradient else 14) * 2**20)
+
+    # That a process is measured is a test of the probe's.
+    monkeypatch.setattr(memory, "memory_of", measured)
+    found = measure("memory")
+    assert [row["in inner gradients"] for row in found["rows"]] == [2.0] * 5
+    assert asked[1:] == [(row["way"], row["inner steps"], False) for row in found["rows"]]
+    assert (asked[0][2], [row["way"] for row in found["rows"]].count("maml")) == (True, 1)
+    assert "takes 1.000 times the memory of 1" in found["verdict"]
 
 
 def test_meta_step(measure, monkeypatch):
@@ -126,6 +160,23 @@ def test_a_gpu_is_asked_for_graphs_and_tf32_as_well():
     graph = next(way for way in ways if way.config.graph)
     taken = device._step(graph._replace(config=replace(graph.config, device="cpu")))
     assert isinstance(taken, device.CapturedStep)
+
+
+def test_scaling(measure, monkeypatch):
+    # On images that show nothing, which need not be drawn.
+    for name, value in {"COMMAND": ("-m", "tests.helpers.runs", "train"), "WAYS": 3, "TASKS": 2, "ROW": 1}.items():
+        monkeypatch.setattr(scaling, name, value)
+    found = measure("scaling")
+    one, two = found["rows"]
+    assert (one["processes"], one["ratio"], two["processes"]) == (1, 1.0, 2)
+    assert two["ratio"] == pytest.approx(two["tasks/s"] / one["tasks/s"]) == pytest.approx(2 * two["per process"])
+    assert "two processes need two free cores" in found["verdict"]
+
+
+def test_runs_that_are_not_the_same_are_found_out():
+    one, other = ({"query_loss": losses} for losses in ([2.0, 1.0], [2.5, 1.0]))
+    assert scaling._difference(one, other) == 0.25
+    assert scaling._difference(one, one) == 0
 
 
 def test_an_unknown_name_is_refused():

@@ -127,3 +127,25 @@ def test_adam_resumes_with_its_means_and_its_count(last):
 
     torch.testing.assert_close(ours(b), by_hand(b), rtol=0, atol=1e-14)
     torch.testing.assert_close(jacrev(ours)(b), jacrev(by_hand)(b), rtol=1e-10, atol=1e-13)
+
+
+def sums(x, M, b):
+    return (M @ x - b).square().sum() / 2 + x.square().sum() / 2
+
+
+def balance(x, M, b):
+    return M @ x + x.tanh() - b
+
+
+@pytest.mark.parametrize(("call", "fn"), [(il.argmin, sums), (il.root, balance)])
+def test_newton_steps_at_a_solution_to_rounding_are_full_ones(call, fn):
+    # There a search by values is a throw of dice: half a step halves the derivative, and none loses it.
+    for seed in range(12):
+        Q, b = normal(3, 3, seed=seed), normal(3, seed=seed + 100)
+        M = 10.0 ** (seed % 4) * Q @ Q.mT + EYE
+        steps = il.Newton(il.Dense(), rtol=None, atol=None, max_steps=20)
+        ours, exact = (
+            jacrev(lambda b, adjoint=adjoint, M=M: call(fn, ZERO, M, b, solver=steps, adjoint=adjoint).value)(b)
+            for adjoint in (il.Unrolled(last=2), il.Implicit(il.Dense()))
+        )
+        torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-9 * float(exact.abs().max()))

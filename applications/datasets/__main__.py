@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
+from applications.command_line import as_typed, options_of
 from applications.datasets import SPLITS, contact_sheet, load, partition
 from applications.datasets.download import download as fetch
 from applications.datasets.omniglot import MINIMAL
 
 
 def main(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help=" or ".join(SPLITS))],
     root: Annotated[Path | None, typer.Option(help="folder with the dataset's files")] = None,
     download: Annotated[
@@ -30,6 +32,7 @@ def main(
     """Print how many classes and images a dataset has and how it is split, and save a sheet of some.
 
     Args:
+        context: of the command.
         name: the dataset.
         root: folder with its files.
         download: fetch archives that are missing.
@@ -44,13 +47,13 @@ def main(
     try:
         if download:
             if root is None:
-                raise ValueError("root is None, so there is nowhere to download to; pass --root, a folder.")
+                raise ValueError("root=None, so there is nowhere to download to; pass the folder for the archives.")
             for archive in fetch(name, root, minimal=split if split in MINIMAL else None):
                 typer.echo(f"fetched: {archive}")
         dataset = load(name, root, seed, size=size, channels=channels, split=split)
         parts = partition(dataset, name, split, seed)
     except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {as_typed(str(error), options_of(context))}", err=True)
         sys.exit(1)
     _, _, depth, height, width = dataset.images.shape
     typer.echo(f"{dataset.source}: {dataset.classes} classes x {dataset.per_class} images, {depth}x{height}x{width}")

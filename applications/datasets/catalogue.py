@@ -51,7 +51,7 @@ def load(
             raise ValueError(f"channels={channels!r}, but glyphs are drawn in ink only; pass 1.")
         return glyphs(seed=seed, **options)
     if root is None:
-        raise ValueError(f"root is None, but {name} is read from files; pass the folder that holds {_CONTENTS[name]}.")
+        raise ValueError(f"root=None, but {name} is read from files; pass the folder that holds {_CONTENTS[name]}.")
     if channels is not None:
         options["channels"] = channels
     if name == "omniglot":

@@ -31,7 +31,7 @@ from applications.imaml.config import (
 from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
-from applications.imaml.explained import explained as _explained
+from applications.imaml.explained import explained
 from applications.imaml.fewshot import Learner
 from applications.imaml.paper.commands import figures, paper_command
 from applications.imaml.processes import joined
@@ -39,6 +39,7 @@ from applications.imaml.race import PICTURE, VARIANTS, Race, race
 from applications.imaml.race import TABLE as RACE_TABLE
 from applications.imaml.run_folder import CONFIG, CURVE, METRICS
 from applications.imaml.train import Limits, train
+from applications.imaml.words import counted
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -110,26 +111,27 @@ def train_command(
 
     By `torchrun --nproc-per-node=N -m applications.imaml train ...` several processes share the tasks of a meta-step.
     """
-    with _explained(), joined() as processes:
+    with explained(context, seconds="time_limit"), joined() as processes:
         given: dict[str, Any] = {entry.name: context.params[entry.name] for entry in fields(Config)}
         if resume:
             config = processes.from_first(lambda: _resumed(Config.load(out / CONFIG), given, context))
         else:
             given["queries"] = shots if queries is None else queries
             given["lam"] = usual_lam(algorithm) if lam is None else lam
-            config = Config(**given)
-        if time_limit is not None and not time_limit > 0:
-            raise ConfigError(f"time_limit={time_limit} cannot be; pass a number of seconds above 0.")
+            config = processes.from_first(lambda: Config(**given))
+        limits = processes.from_first(lambda: Limits(time_limit, quiet, tensorboard))
+        processes.alike(lambda: processes.check(config))
         if download:
             processes.from_first(lambda: _fetch(config))
-        done = train(config, out, Limits(time_limit, quiet, tensorboard), resume=resume, processes=processes)
+        done = train(config, out, limits, resume=resume, processes=processes)
         state = "trained" if done >= config.meta_steps else "stopped (continue with --resume)"
         if processes.is_first:
-            typer.echo(f"{state}: {done} of {config.meta_steps} meta-steps; {out / METRICS}, {out / CURVE}")
+            typer.echo(f"{state}: {done} of {counted(config.meta_steps, 'meta-step')}; {out / METRICS}, {out / CURVE}")
 
 
 @app.command("evaluate")
 def evaluate_command(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="folder of a run")],
     tasks: Annotated[int, typer.Option(help="number of tasks")] = Protocol.tasks,
     split: Annotated[SplitName, typer.Option(help="classes that the tasks are drawn from")] = Protocol.split,
@@ -155,7 +157,7 @@ def evaluate_command(
     threads: Annotated[int, _option("threads")] = Config.threads,
 ) -> None:
     """Measure the accuracy of a run on unseen classes: mean and 95 % interval over tasks."""
-    with _explained():
+    with explained(context):
         protocol = Protocol(
             tasks,
             split,
@@ -177,6 +179,7 @@ def evaluate_command(
 
 @app.command("adapt")
 def adapt_command(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="folder of a run")],
     support: Annotated[Path, typer.Option(help="images to learn from: one folder for each class")],
     query: Annotated[Path, typer.Option(help="images to classify; in folders named like classes to have them counted")],
@@ -191,7 +194,7 @@ def adapt_command(
     device: Annotated[str, _option("device")] = Config.device,
 ) -> None:
     """Learn classes of your own from a few images of each, and classify others: a table and a picture."""
-    with _explained():
+    with explained(context):
         folder = out or run
         learner = Learner.load(
             run, device=device, inner_steps=inner_steps, batch_norm=batch_norm, checkpoint=checkpoint
@@ -205,6 +208,7 @@ def adapt_command(
 
 @app.command("demo")
 def demo_command(
+    context: typer.Context,
     out: Annotated[
         Path | None, typer.Option(help="folder to make; one in runs/ named after the time by default")
     ] = None,
@@ -212,13 +216,14 @@ def demo_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
 ) -> None:
     """Train on generated characters for a minute, and compare accuracies on unseen ones before and after adaptation."""
-    with _explained():
+    with explained(context):
         folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
         typer.echo(str(demo(folder, seconds, quiet=quiet)))
 
 
 @app.command("race")
 def race_command(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="folder of the race; an unfinished one goes on")],
     variant: Annotated[
         list[str] | None, typer.Option(help=f"one of {', '.join(VARIANTS)}; several times for several; all by default")
@@ -240,13 +245,15 @@ def race_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
 ) -> None:
     """Compare meta-gradients by what they learn in equal meta-steps and in equal time: a table and a picture."""
-    with _explained():
+    with explained(context, variants="variant"):
         base = Config(
             data=data, root=root, lam=lam, inner_lr=inner_lr, inner_steps=inner_steps, cg_steps=cg_steps,
             meta_steps=meta_steps, tasks=tasks, validate_every=validate_every, validation_tasks=validation_tasks,
             device=device, threads=threads, schedule="constant", log_every=validate_every,
         )  # fmt: skip
-        plan = Race(base, tuple(variant or VARIANTS), seeds, test_tasks)
+        with explained(context, tasks="test_tasks"):
+            protocol = Protocol(tasks=test_tasks)
+        plan = Race(base, tuple(variant or VARIANTS), seeds, protocol.tasks)
         done = race(plan, out, typer.echo, quiet=quiet)
         typer.echo(f"{'done' if done else 'stopped (the same command goes on)'}: {out / RACE_TABLE}, {out / PICTURE}")
 

@@ -15,6 +15,7 @@ from applications.datasets.decoding import Form, decode
 from applications.datasets.trees import class_files, image_files
 from applications.imaml.checkpoint import write_atomically
 from applications.imaml.fewshot import Learner
+from applications.imaml.words import counted
 
 TABLE, SHEET = "answers.csv", "answers.png"
 
@@ -43,7 +44,7 @@ class Answers:
 
     def __str__(self) -> str:
         known = self.truths >= 0
-        told = f"{len(self.query_names)} images, {len(self.classes)} classes"
+        told = f"{counted(len(self.query_names), 'image')}, {len(self.classes)} classes"
         if not known.any():
             return told
         right = int((self.labels == self.truths)[known].sum())

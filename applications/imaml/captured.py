@@ -117,16 +117,16 @@ def check_capturable(config: Config, device: torch.device, processes: Processes)
         return
     if device.type != "cuda":
         raise ConfigError(
-            f"graph=True cannot be on {device.type}: a CUDA graph needs a CUDA device; leave --graph out, or pass a "
-            f"device that is one."
+            f"graph=True cannot be on {device.type}: a CUDA graph needs a CUDA device; pass graph=False, or a device "
+            f"that is one."
         )
     if config.inner not in CAPTURABLE:
         raise ConfigError(
             f"graph=True cannot be with inner={config.inner!r}, which asks the device how it went before it goes on, "
-            f"and a graph has no choices; leave --graph out, or pass inner={' or '.join(map(repr, CAPTURABLE))}."
+            f"and a graph has no choices; pass graph=False, or inner={' or '.join(map(repr, CAPTURABLE))}."
         )
     if processes.count > 1:
         raise ConfigError(
             f"graph=True cannot be with {processes.count} processes, which exchange the meta-gradient in the middle of "
-            f"a step; leave --graph out, or start one process."
+            f"a step; pass graph=False, or start one process."
         )

@@ -158,13 +158,15 @@ class Config:
             )
         if self.split is not None and self.split not in SPLITS[self.data]:
             raise ConfigError(
-                f"split={self.split!r} is no split of {self.data}; pass one of {', '.join(SPLITS[self.data])}, or None."
+                f"split={self.split!r} is no split of {self.data}; pass one of {', '.join(SPLITS[self.data])}, or "
+                f"leave it out."
             )
         if self.image_size is not None:
             _check_integer("image_size", self.image_size, 16)
-        allowed = (None, 1) if self.data == "glyphs" else (None, 1, 3)
-        if self.channels not in allowed:
-            raise ConfigError(f"channels={self.channels!r} cannot be with {self.data}; pass one of {allowed}.")
+        allowed = (1,) if self.data == "glyphs" else (1, 3)
+        if self.channels is not None and self.channels not in allowed:
+            told = " or ".join(map(str, allowed))
+            raise ConfigError(f"channels={self.channels!r} cannot be with {self.data}; pass {told}, or leave it out.")
 
     def _check_inner(self) -> None:
         name = self.inner.removeprefix(TORCH) if isinstance(self.inner, str) else None
@@ -200,8 +202,8 @@ class Config:
             )
         if self.curvature == "published" and (self.damping or self.learn_lam != "none"):
             raise ConfigError(
-                "curvature='published' has a damping of its own, made from a given lam; leave damping and learn_lam "
-                "out, or pass another curvature."
+                "curvature='published' has a damping of its own, made from a given lam; pass damping=0 and "
+                "learn_lam='none', or another curvature."
             )
 
     def _check_learnt_strength(self) -> None:

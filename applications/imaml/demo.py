@@ -18,6 +18,7 @@ from applications.imaml.networks import Parameters
 from applications.imaml.run_folder import CURVE
 from applications.imaml.train import Limits, train
 from applications.imaml.trained import load_network
+from applications.imaml.words import counted
 
 TASKS_PICTURE = "tasks.png"
 PICTURED = 6
@@ -49,7 +50,7 @@ class Comparison:
     def __str__(self) -> str:
         lines = [
             f"{CONFIG.ways}-way {CONFIG.shots}-shot on characters not seen in training, {PROTOCOL.tasks} tasks,"
-            f" after {self.meta_steps} meta-steps:"
+            f" after {counted(self.meta_steps, 'meta-step')}:"
         ]
         for name, (mean, interval) in (
             ("before adaptation", self.before),

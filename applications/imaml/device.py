@@ -46,7 +46,7 @@ def use(config: Config) -> torch.device:
     if config.precision == "tf32":
         raise ConfigError(
             f"precision='tf32' cannot be on {device.type}: it is a mode of the matrix units of CUDA devices; pass "
-            f"float32 or bf16, or a device that is one."
+            f"precision='float32' or 'bf16', or a device that is one."
         )
     keep_freed_memory()
     return device

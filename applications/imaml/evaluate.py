@@ -24,14 +24,17 @@ from applications.imaml.networks import Parameters
 from applications.imaml.processes import Processes
 from applications.imaml.products import Products
 from applications.imaml.trained import Network, load_network
+from applications.imaml.words import counted
 
 REPORT = "evaluation.json"
 # 95 % of a normal distribution lies within so many standard deviations of its mean.
 NORMAL_95 = 1.96
+# Of percentages in a report: beyond what any number of tasks can tell.
+_DIGITS = 6
 
 
 class Accuracies(NamedTuple):
-    """Fraction of each task's query images classified rightly, before and after adaptation, ``[tasks]``."""
+    """Fraction of each task's query images classified rightly, before and after adaptation, float64 ``[tasks]``."""
 
     before: Tensor
     after: Tensor
@@ -60,14 +63,17 @@ def accuracies(
         return accuracy(before, task.query_labels), accuracy(after, task.query_labels)
 
     # Zero is what the other processes' tasks add.
-    found = torch.zeros(2, tasks)
+    found = torch.zeros(2, tasks, dtype=torch.float64)
     with torch.no_grad():
         for first in range(0, tasks, config.tasks):
             drawn = sampler.sample(min(config.tasks, tasks - first))
             share = processes.share(len(drawn.query_labels))
             if share.start < share.stop:
                 judged = torch.vmap(judge)(Tasks(*(part[share] for part in drawn)))
-                found[:, first + share.start : first + share.stop] = torch.stack(judged).cpu()
+                count = drawn.query_labels.shape[-1]
+                # A mean in single precision is off in the eighth digit; how many were right is a whole number.
+                right = (torch.stack(judged).cpu().double() * count).round()
+                found[:, first + share.start : first + share.stop] = right / count
     processes.add_up(found)
     before, after = found
     return Accuracies(before, after)
@@ -182,9 +188,9 @@ class Evaluation:
             "split_seed": config.split_seed,
             "tasks": self.protocol.tasks,
             "task_seed": self.protocol.seed,
-            "before": 100 * self.measured.before.double().mean().item(),
-            "accuracy": mean,
-            "interval": interval,
+            "before": round(100 * self.measured.before.double().mean().item(), _DIGITS),
+            "accuracy": round(mean, _DIGITS),
+            "interval": round(interval, _DIGITS),
         }
 
     def __str__(self) -> str:
@@ -193,11 +199,12 @@ class Evaluation:
         learnt = self.learnt_lam.values()
         lam = f"lam learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"lam {row['lam']:g}"
         pull = lam if self.regularized else "not regularized"
+        queries, meta_steps = counted(self.config.queries, "query image"), counted(self.meta_step, "meta-step")
+        steps = counted(self.config.inner_steps, f"{self.config.inner} step")
         return (
-            f"{row['source']} {row['ways']}-way {row['shots']}-shot, {row['queries']} query images a class | "
-            f"{row['split']} | {row['algorithm']}, {row['meta_step']} meta-steps ({row['checkpoint']} checkpoint), "
-            f"seed {row['training_seed']} | "
-            f"{row['inner_steps']} {row['inner']} steps{step}, {pull} | batch norm {row['batch_norm']} | "
+            f"{row['source']} {row['ways']}-way {row['shots']}-shot, {queries} a class | "
+            f"{row['split']} | {row['algorithm']}, {meta_steps} ({row['checkpoint']} checkpoint), "
+            f"seed {row['training_seed']} | {steps}{step}, {pull} | batch norm {row['batch_norm']} | "
             f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
             f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
         )
@@ -211,7 +218,8 @@ class Evaluation:
         text = StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["task", "before", "after"])
-        table.writerows(zip(range(self.protocol.tasks), *(part.tolist() for part in self.measured), strict=True))
+        before, after = ([f"{value:.8g}" for value in part.tolist()] for part in self.measured)
+        table.writerows(zip(range(self.protocol.tasks), before, after, strict=True))
         write_atomically(path.with_suffix(".csv"), text.getvalue().encode())
         content = {"row": self.row(), "learnt_lam": dict(self.learnt_lam), "config": asdict(self.config)}
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
@@ -239,8 +247,8 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
     splits = load_splits(config, device)
     if protocol.split not in splits:
         raise ConfigError(
-            f"split={protocol.split!r} has no classes, since the run's split {config.split!r} has none for it; pass "
-            f"one of {', '.join(splits)}."
+            f"split={protocol.split!r} has no classes, since the run's split, {config.split or 'its own'}, has none "
+            f"for it; pass one of {', '.join(splits)}."
         )
     return measure(config, network, splits[protocol.split], protocol)
 

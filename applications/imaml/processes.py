@@ -7,8 +7,8 @@ around. Batch normalisation sees the images of one task, so nothing else ties ta
 every N but for rounding.
 
 The first process alone touches the folder of the run. What it finds there, or fails at, it hands to the others, so that
-all go on or all end. One that dies closes its connections, which ends the others; one that hangs does so after
-``TIMEOUT``.
+all go on or all end, and it is the one that tells why. One that dies closes its connections, which ends the others; one
+that hangs does so after ``TIMEOUT``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,10 @@ T = TypeVar("T")
 
 # Longer than the first process takes for a checkpoint and a picture on a slow disk.
 TIMEOUT = timedelta(minutes=5)
+
+
+class FirstFailedError(RunError):
+    """The first process has failed, and tells why."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Processes:
         if config.tasks % self.count:
             raise ConfigError(
                 f"tasks={config.tasks} cannot be shared equally by {self.count} processes; pass a multiple, for "
-                f"instance --tasks {self.count * max(1, round(config.tasks / self.count))}, or start a number of "
+                f"instance tasks={self.count * max(1, round(config.tasks / self.count))}, or start a number of "
                 f"processes that divides it."
             )
         if ":" in config.device:
@@ -78,7 +83,7 @@ class Processes:
         if config.device != "cpu" and devices and self.local_rank >= devices:
             raise ConfigError(
                 f"process {self.local_rank} of this machine has no device of its own, there are {devices}; pass "
-                f"--nproc-per-node={devices}, or --device cpu."
+                f"--nproc-per-node={devices}, or device='cpu'."
             )
 
     def share(self, tasks: int) -> slice:
@@ -150,7 +155,8 @@ class Processes:
             What it returned there, in all of them.
 
         Raises:
-            Exception: what it raised there, in all of them.
+            Exception: what it raised, in the first process.
+            FirstFailedError: in the others.
         """
         if self.count == 1:
             return make()
@@ -162,9 +168,35 @@ class Processes:
                 outcome[1] = error
         with _told():
             dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        error = outcome[1]
+        if error is None:
+            return outcome[0]
+        if self.is_first:
+            raise error
+        raise FirstFailedError(str(error)) from error
+
+    def alike(self, make: Callable[[], T]) -> T:
+        """Do something in every process that succeeds or fails in all of them, as a rule, and have a failure told once.
+
+        Args:
+            make: what to do.
+
+        Returns:
+            What it returned in this one.
+
+        Raises:
+            Exception: what it raised in this one.
+            FirstFailedError: in the others if it failed in the first.
+        """
+        if self.count == 1:
+            return make()
+        try:
+            made = make()
+        except Exception as error:
+            self.from_first(partial(_fail, error))
+            raise
+        self.from_first(lambda: None)
+        return made
 
 
 @contextmanager
@@ -192,6 +224,10 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     yield processes
     # Not after an error: leaving in order would wait for the others, who may be gone.
     dist.destroy_process_group()
+
+
+def _fail(error: Exception) -> None:
+    raise error
 
 
 @contextmanager

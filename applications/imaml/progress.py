@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from applications.imaml.words import describe_seconds
 
-def describe_seconds(seconds: float) -> str:
-    """A duration for people: "45 s", "12 min", "3 h 05 min".
+
+@contextmanager
+def announced(begun: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show what begins at once, and in the same line what is known of it later.
 
     Args:
-        seconds: not negative.
+        begun: what begins.
+        quiet: whether to show nothing.
 
-    Returns:
-        The duration, rounded.
+    Yields:
+        Shows the rest.
     """
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+    def show(text: str) -> None:
+        if not quiet:
+            print(text, end="", flush=True)
+
+    show(begun)
+    try:
+        yield show
+    finally:
+        # Also where it fails, so that the error has a line of its own.
+        show("\n")
 
 
 class Display:

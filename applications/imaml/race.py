@@ -23,6 +23,7 @@ from applications.imaml.metrics import read_metrics
 from applications.imaml.race_picture import Curve, draw_race
 from applications.imaml.run_folder import CONFIG, METRICS, RunError
 from applications.imaml.train import Limits, train
+from applications.imaml.words import counted
 
 TABLE, PICTURE = "race.md", "race.png"
 VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -194,9 +195,10 @@ def _curve(metrics: dict[str, list[float]], config: Config) -> Curve:
 
 def _title(config: Config, results: Sequence[Result]) -> str:
     source = next((result.source for result in results if result.source), config.data)
+    steps, cg_steps = counted(config.inner_steps, "step"), counted(config.cg_steps, "CG step")
     return (
-        f"{source}, {config.ways}-way {config.shots}-shot; lam {config.lam:g}, {config.inner_steps} steps of "
-        f"{config.inner} (lr {config.inner_lr:g}), {config.cg_steps} CG steps"
+        f"{source}, {config.ways}-way {config.shots}-shot; lam {config.lam:g}, {steps} of {config.inner} "
+        f"(lr {config.inner_lr:g}), {cg_steps}"
     )
 
 
@@ -208,17 +210,17 @@ def table(plan: Race, results: Sequence[Result]) -> str:
         results: what came out so far, at least one.
 
     Returns:
-        The table: means over seeds, and every seed in parentheses.
+        The table and its legend: means over seeds, and every seed in parentheses.
     """
     # What the fastest took for all meta-steps, so that everyone had as much.
     whole = [result for result in results if result.meta_steps == plan.base.meta_steps]
     budget = min((result.curve.seconds[-1] for result in whole), default=math.nan)
     measured_on = results[0].curve.measured_on
     lines = [
-        f"{_title(plan.base, results)}; {plan.base.tasks} tasks a meta-step, {plan.test_tasks} test tasks, "
+        f"{_title(plan.base, results)}; {counted(plan.base.tasks, 'task')} a meta-step, {plan.test_tasks} test tasks, "
         f"threads: {plan.base.threads or 'as PyTorch chooses'}.",
         "",
-        f"| meta-gradient | meta-steps | seconds | test accuracy, % | on {measured_on} after {budget:.0f} s, % |",
+        f"| meta-gradient | meta-steps | seconds | test accuracy, % | on {measured_on} after {_seconds(budget)} s, % |",
         "|---|---|---|---|---|",
     ]
     for name in plan.variants:
@@ -226,18 +228,28 @@ def table(plan: Race, results: Sequence[Result]) -> str:
         if own:
             cells = (
                 ", ".join(dict.fromkeys(str(result.meta_steps) for result in own)),
-                _mean([result.curve.seconds[-1] if result.curve.seconds else math.nan for result in own], 0),
-                _mean([result.accuracy for result in own], 1),
-                _mean([result.curve.after(budget) for result in own], 1),
+                _mean([result.curve.seconds[-1] if result.curve.seconds else math.nan for result in own], _seconds),
+                _mean([result.accuracy for result in own], _percent),
+                _mean([result.curve.after(budget) for result in own], _percent),
             )
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    legend = (
+        "Means over the seeds, and in parentheses each of them, in order. Seconds are those of training alone. The "
+        f"last column is read off the learning curve after {_seconds(budget)} s, what the fastest run took for all its "
+        "meta-steps. A dash stands where there is no number: the run broke down before it, or was not validated yet."
+    )
+    return "\n".join([*lines, "", legend]) + "\n"
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
-    each = ", ".join(_percent(value, digits) for value in values)
-    return f"{_percent(sum(values) / len(values), digits)} ({each})"
+def _mean(values: Sequence[float], told: Callable[[float], str]) -> str:
+    each = ", ".join(map(told, values))
+    return f"{told(sum(values) / len(values))} ({each})"
 
 
-def _percent(value: float, digits: int = 1) -> str:
-    return "—" if math.isnan(value) else f"{value:.{digits}f}"
+def _percent(value: float) -> str:
+    return "—" if math.isnan(value) else f"{value:.1f}"
+
+
+def _seconds(value: float) -> str:
+    # Three digits: a race may take seconds or hours.
+    return "—" if math.isnan(value) else f"{value:.1f}" if value < 100 else f"{value:,.0f}"

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from applications.datasets import ClassImages
 from applications.imaml import checkpoint
 from applications.imaml.algorithms import initial_strengths
 from applications.imaml.captured import CapturedStep, CudaGraph, check_capturable
 from applications.imaml.checkpoint import Checkpoint, CheckpointError
-from applications.imaml.config import Config
+from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import TaskSampler, check_ways, generator_for, load_splits
+from applications.imaml.episodes import SplitName, TaskSampler, check_ways, generator_for, load_splits
 from applications.imaml.evaluate import accuracies
 from applications.imaml.events import Events, check_importable
 from applications.imaml.figures import draw_curve
@@ -24,11 +27,12 @@ from applications.imaml.meta_step import MetaStep
 from applications.imaml.metrics import MetricsFile, read_metrics
 from applications.imaml.networks import Parameters, initialize
 from applications.imaml.processes import Processes
-from applications.imaml.progress import Display
+from applications.imaml.progress import Display, announced
 from applications.imaml.run_folder import CURVE, EVENTS, METRICS, RunError, claim
+from applications.imaml.words import counted
 
 _CALMER = (
-    "start a run with a smaller inner_lr or meta_lr, a larger lam or damping, or curvature gauss-newton; the last "
+    "start a run with a smaller inner_lr or meta_lr, a larger lam or damping, or curvature='gauss-newton'; the last "
     "checkpoint is from before."
 )
 
@@ -41,11 +45,18 @@ class Limits:
         seconds: stop cleanly after this time; None for no limit.
         quiet: show no progress.
         tensorboard: write the metrics as TensorBoard events as well.
+
+    Raises:
+        ConfigError: if the time is not above 0.
     """
 
     seconds: float | None = None
     quiet: bool = False
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not self.seconds > 0:
+            raise ConfigError(f"seconds={self.seconds} cannot be; pass a number above 0.")
 
 
 def train(
@@ -67,7 +78,7 @@ def train(
     Raises:
         RunError: if the folder holds a run already and isn't to be resumed, or cannot be written; if the loss is no
             longer finite, in which case the last checkpoint is from before; if TensorBoard is asked for and missing;
-            or if another process has ended.
+            if another process has ended; or as FirstFailedError in place of what the first process raises.
         CheckpointError: if a checkpoint cannot be read or written.
         ConfigError: if the processes cannot share the tasks.
         OSError: if the dataset cannot be read or the metrics not be written.
@@ -75,10 +86,12 @@ def train(
     """
     processes.check(config)
     if limits.tensorboard:
-        check_importable()
-    run = _Run(config, out, processes, resume=resume, tensorboard=limits.tensorboard)
-    begun = time.monotonic()
+        processes.alike(check_importable)
     quiet = limits.quiet or not processes.is_first
+    with announced(_what(config), quiet=quiet) as show:
+        run = _Run(config, out, processes, resume=resume, tensorboard=limits.tensorboard)
+        show(f"; {run}")
+    begun = time.monotonic()
     display = Display(config.meta_steps, run.meta_step, config.tasks, limits.seconds, quiet)
     with interruptions() as interrupted, closing(run), display:
         while run.meta_step < config.meta_steps:
@@ -97,6 +110,18 @@ def train(
     return run.meta_step
 
 
+def _what(config: Config) -> str:
+    return (
+        f"{config.data} {config.ways}-way {config.shots}-shot, {config.algorithm}: "
+        f"{counted(config.meta_steps, 'meta-step')} of {counted(config.tasks, 'task')}"
+    )
+
+
+def _check(finite: bool, told: str) -> None:
+    if not finite:
+        raise RunError(f"{told}; {_CALMER}")
+
+
 class _Best(NamedTuple):
     """The network of the highest validation accuracy so far; the first one of equals."""
 
@@ -110,10 +135,8 @@ class _Run:
 
     def __init__(self, config: Config, out: Path, processes: Processes, *, resume: bool, tensorboard: bool) -> None:
         self._config, self._out, self._processes = config, out, processes
-        self._device = use(config)
-        check_capturable(config, self._device, processes)
-        splits = load_splits(config, self._device)
-        check_ways(splits, config.ways)
+        self._device = processes.alike(self._place)
+        splits = processes.alike(self._splits)
         generator = generator_for(config.seed, "training tasks", self._device)
         sampler = TaskSampler(splits["train"], config.ways, config.shots, config.queries, generator, config.query_sets)
         self._validation_images = splits.get("validation")
@@ -141,6 +164,21 @@ class _Run:
             self._events = Events(out / EVENTS, self.meta_step)
         if saved is None:
             self.save()
+
+    def __str__(self) -> str:
+        count = sum(value.numel() for value in self.theta.values())
+        since = f", from meta-step {self.meta_step}" if self.meta_step else ""
+        return f"{count:,} parameters on {self._device}{since}"
+
+    def _place(self) -> torch.device:
+        device = use(self._config)
+        check_capturable(self._config, device, self._processes)
+        return device
+
+    def _splits(self) -> dict[SplitName, ClassImages]:
+        splits = load_splits(self._config, self._device)
+        check_ways(splits, self._config.ways)
+        return splits
 
     def _open(self, resume: bool) -> Checkpoint | None:
         """Take the folder and read its checkpoint; there is none if a resumed run was killed before its first."""
@@ -170,11 +208,8 @@ class _Run:
         meter = self._meta_step.meter
         self._processes.average(meter.sums)
         row: dict[str, float] = {"meta_step": self.meta_step, **meter.take(config.log_every)}
-        if not math.isfinite(row["query_loss"]):
-            raise RunError(
-                f"the query loss is {row['query_loss']} in the {config.log_every} meta-steps before {self.meta_step}; "
-                f"{_CALMER}"
-            )
+        told = f"the query loss is {row['query_loss']} in the {config.log_every} meta-steps before {self.meta_step}"
+        self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told))
         self._tick()
         row["seconds"] = self._trained_seconds
         row["tasks_per_second"] = config.log_every * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
@@ -195,12 +230,13 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        # Every process goes on from the mean, as one that is resumed from here does.
-        self._processes.average(self._meta_step.meter.sums)
         tensors = self._meta_step.tensors()
         # Sums of what an algorithm doesn't have are NaN.
-        if not all(bool(value.isfinite().all()) for name, value in tensors.items() if name != "meter"):
-            raise RunError(f"the parameters are no longer finite at meta-step {self.meta_step}; {_CALMER}")
+        finite = all(bool(value.isfinite().all()) for name, value in tensors.items() if name != "meter")
+        told = f"the parameters are no longer finite at meta-step {self.meta_step}"
+        self._processes.from_first(lambda: _check(finite, told))
+        # Every process goes on from the mean, as one that is resumed from here does.
+        self._processes.average(self._meta_step.meter.sums)
         if self._best is not None:
             tensors |= {f"best.{name}": value for name, value in self._best.theta.items()}
         self._processes.from_first(

@@ -64,6 +64,25 @@ class Line(NamedTuple):
         by_slope = by_slope & ((t == self.first) | (slope >= 0.9 * self.slope))
         return torch.isfinite(point.F).all(-1) & by_slope
 
+    @property
+    def drowned(self) -> Tensor:
+        """Mask of lanes where the first step changes f, or x, by no more than their rounding."""
+        eps = torch.finfo(self.at.objective.dtype).eps
+        by_objective = self.slope.abs() * self.first <= 32 * eps * self.at.objective.abs()
+        return by_objective | (norm(self.direction) * self.first <= 8 * eps * norm(self.at.x))
+
+    def drowns(self, t: Tensor, point: Point, kind: Kind) -> Tensor:
+        """Mask of first steps that nothing can be said against: they change what is compared by its rounding alone."""
+        eps = torch.finfo(point.objective.dtype).eps
+        if kind is Kind.ROOT:
+            # Along a Newton direction ½‖F‖² falls unless F is rounding, as it is some digits before x is.
+            unseen = norm(self.direction) * self.first <= eps**0.5 * norm(self.at.x)
+            unseen = unseen & (point.objective <= 100 * self.at.objective)
+        else:
+            unseen = (point.objective - self.at.objective).abs() <= 32 * eps * self.at.objective.abs()
+            unseen = unseen & self.drowned
+        return (t == self.first) & unseen & torch.isfinite(point.F).all(-1)
+
 
 class LineSearch(ABC):
     """Chooses how far to go along a descent direction."""
@@ -162,7 +181,8 @@ class _Backtracking(Algorithm[Bound, _Trial]):
 
     def _try(self, problem: Bound, t: Tensor) -> _Trial:
         point, fraction = self.line.trial(problem, t), self.search.sufficient_decrease
-        accepted = self.line.falls(t, point, fraction)
+        # A full step that cannot be judged is taken: in a fixed number of steps its derivative is the one that counts.
+        accepted = self.line.falls(t, point, fraction) | self.line.drowns(t, point, problem.kind)
         if problem.kind is not Kind.ROOT:
             # ½‖F‖² goes to zero with F and keeps all its digits, so that its slope has nothing to add.
             accepted = accepted | self.line.flattens(t, point, self.line.slope_at(problem, point), fraction)
@@ -311,9 +331,7 @@ def descend(
     direction = torch.where(downhill.unsqueeze(-1), direction, -gradient)
     slope = torch.where(downhill, slope, -dot(gradient, gradient))
     point, found = line_search.search(problem, at, direction, slope, first, look)
-    eps = torch.finfo(at.objective.dtype).eps
-    hopeless = slope.abs() * first <= 32 * eps * at.objective.abs()
-    hopeless = hopeless | (norm(direction) * first <= 8 * eps * norm(at.x))
+    hopeless = Line(at, direction, slope, first).drowned
     status = torch.full_like(found, Status.LINE_SEARCH_FAILED, dtype=torch.int64)
     status = torch.where(hopeless, torch.full_like(status, Status.STALLED), status)
     return point, torch.where(found, torch.full_like(status, RUNNING), status)

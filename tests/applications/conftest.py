@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from applications.datasets import glyphs
 from applications.imaml import episodes, train
@@ -15,6 +16,16 @@ def cache_folder(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache") / "implicitlayers"
     monkeypatch.setenv("IMPLICITLAYERS_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """Make it an error to open an image from here on, once called."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("an image was decoded")
+
+    return lambda: monkeypatch.setattr(Image, "open", refuse)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def test_unknown_name():
 
 
 def test_missing_root(tmp_path):
-    with pytest.raises(ValueError, match=r"root is None, but omniglot is read from files.*pass the folder"):
+    with pytest.raises(ValueError, match=r"root=None, but omniglot is read from files.*pass the folder"):
         load("omniglot", None, seed=0)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load("omniglot", tmp_path / "nowhere", seed=0)
@@ -92,5 +92,5 @@ def test_command_prints_counts_and_writes_a_sheet(tmp_path):
 def test_command_explains_what_is_missing():
     done = run("omniglot")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: root is None")
+    assert done.stderr.startswith("error: no --root, but omniglot is read from files; pass the folder")
     assert done.stdout == ""

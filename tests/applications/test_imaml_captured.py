@@ -176,8 +176,8 @@ def test_a_run_with_a_graph_goes_on_to_the_bit_with_or_without_one(tmp_path, mon
 @pytest.mark.parametrize(
     ("settings", "device", "count", "message"),
     [
-        ({}, CPU, 1, "graph=True cannot be on cpu: .* leave --graph out"),
-        ({"inner": "lbfgs"}, CUDA, 1, "graph=True cannot be with inner='lbfgs', .* pass inner='gradient' or 'adam'"),
+        ({}, CPU, 1, "graph=True cannot be on cpu: .* pass graph=False"),
+        ({"inner": "lbfgs"}, CUDA, 1, "graph=True cannot be with inner='lbfgs', .* or inner='gradient' or 'adam'"),
         ({"inner": "hessian-free"}, CUDA, 1, "cannot be with inner='hessian-free'"),
         ({"inner": "torch.LBFGS"}, CUDA, 1, "cannot be with inner='torch.LBFGS'"),
         ({}, CUDA, 2, "graph=True cannot be with 2 processes, .* start one process"),

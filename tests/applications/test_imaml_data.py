@@ -81,7 +81,7 @@ def test_a_split_without_validation_classes(tree, tmp_path, monkeypatch):
     assert all(math.isnan(value) for value in read_metrics(out / "metrics.csv")["validation_accuracy"])
     refused = run("evaluate", out, "--split", "validation", "--tasks", "2")
     assert refused.exit_code == 1
-    assert "error: split='validation' has no classes" in refused.stderr
+    assert "error: --split validation has no classes" in refused.stderr
     assert "pass one of train, test" in refused.stderr
 
 
@@ -99,11 +99,11 @@ def test_photographs_are_not_turned(tree):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--data", "omniglot", "--download"), "root=None, but omniglot is read from files"),
-        (("--download",), "root=None, so there is nowhere to download to"),
+        (("--data", "omniglot", "--download"), "no --root, but omniglot is read from files"),
+        (("--download",), "no --root, so there is nowhere to download to"),
         (("--data", "mini-imagenet", "--download", "--root", "x"), "mini-imagenet cannot be downloaded"),
         (("--data", "folder", "--root", "/nowhere/at/all"), "'/nowhere/at/all' does not exist"),
-        (("--split", "lake"), "split='lake' is no split of glyphs; pass one of seed"),
+        (("--split", "lake"), "--split lake is no split of glyphs; pass one of seed"),
     ],
 )
 def test_errors_are_told_in_a_line_before_anything_is_written(tmp_path, arguments, message):

@@ -14,12 +14,12 @@ from applications.imaml import __main__ as command
 from applications.imaml import episodes, train
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.episodes import Tasks
-from applications.imaml.paper import cost, smooth
+from applications.imaml.paper import cost, probe, smooth
 from applications.imaml.paper.accuracy import AccuracySettings, accuracy_of_gradients, relative_error
 from applications.imaml.paper.chart import IMAML, MAML, Chart, Panel, Series
 from applications.imaml.paper.cost import CostSettings
 from applications.imaml.paper.linear import Exact, RegressionSettings, Way, draw_tasks, meta_gradient
-from applications.imaml.paper.probe import Memory
+from applications.imaml.paper.probe import Memory, memory_of
 from applications.imaml.paper.regression import regression
 from applications.imaml.paper.smooth import SmoothProblem
 from applications.imaml.run_folder import RunError
@@ -275,12 +275,12 @@ def test_accuracy_figure_has_truth_and_estimate(monkeypatch, tmp_path, trained):
 def test_memory_figure_asks_a_fresh_process(monkeypatch, tmp_path):
     asked = []
 
-    def probe(config, *, gradient=False):
+    def measured(config, *, gradient=False):
         asked.append((config.algorithm, config.inner_steps, gradient))
         grown = config.inner_steps if config.algorithm == "maml" else 2
         return Memory(100 * 2**20, (100 + (5 if gradient else 10 * grown)) * 2**20)
 
-    monkeypatch.setattr(cost, "_probe", probe)
+    monkeypatch.setattr(cost, "memory_of", measured)
     chart = cost.memory(CostSettings(ways=2, shots=1, most_inner_steps=4, most_path_steps=2))
     assert asked[0] == ("imaml", 1, True)
     assert [entry[:2] for entry in asked[1:]] == [
@@ -296,15 +296,15 @@ def test_memory_figure_asks_a_fresh_process(monkeypatch, tmp_path):
 
 def test_probe_measures_a_process():
     settings = CostSettings(ways=5, shots=5, threads=1)
-    measured = cost._probe(settings.config("imaml", 1))
+    measured = memory_of(settings.config("imaml", 1))
     # Sixty-four 14x14 maps of each of 25 images, in float32, are the least that a gradient keeps.
     assert measured.peak - measured.before > 25 * 64 * 14 * 14 * 4
 
 
 def test_probe_tells_what_failed(monkeypatch, tmp_path):
-    monkeypatch.setattr(cost.sys, "executable", "/bin/false")
+    monkeypatch.setattr(probe.sys, "executable", "/bin/false")
     with pytest.raises(RunError, match=r"measuring maml with 2 steps failed \(exit status 1\)"):
-        cost._probe(CostSettings().config("maml", 2))
+        memory_of(CostSettings().config("maml", 2))
 
 
 def test_time_figure_times_every_algorithm(tmp_path):
@@ -315,7 +315,7 @@ def test_time_figure_times_every_algorithm(tmp_path):
     assert (implicit.x, path.x, first_order.x) == ([1, 2], [1], [1, 2])
     assert path.style == MAML
     assert all(0 < low <= high for low, high in zip(implicit.low, implicit.high, strict=True))
-    assert chart.findings[-1].startswith("with 1 inner steps MAML takes")
+    assert chart.findings[-1].startswith("with 1 inner step MAML takes")
     assert (chart.panels[0].ylabel, implicit.repeats) == ("CPU time (s)", 2)
     check_files(chart, tmp_path)
 
@@ -326,7 +326,7 @@ def test_command_draws_and_tells(tmp_path):
         command.app, ["figures", "regression", "--out", str(tmp_path / "new"), "--repeats", "1", *options]
     )
     assert called.exit_code == 0, called.output
-    assert "meta-loss above its minimum after 1 meta-steps" in called.output
+    assert "meta-loss above its minimum after 1 meta-step, from" in called.output
     settings = json.loads((tmp_path / "new" / "regression.json").read_text())["settings"]
     assert (settings["features"], settings["meta_steps"], settings["seed"]) == (4, 1, 0)
     file = tmp_path / "file"

@@ -55,7 +55,8 @@ def test_command_fills_cells_and_goes_on(tmp_path, monkeypatch):
     assert text in first.output
     assert "| iMAML, gradient descent: the paper | 99.16 ± 0.35 |" in text
     assert "numbers do not compare" in text
-    assert "2 meta-steps of 1 tasks with 1 query sets" in text
+    assert text.startswith("# glyphs, in the place of omniglot, tuned settings: ")
+    assert "2 meta-steps of 1 task with 1 query set," in text
     cells = json.loads((tmp_path / "omniglot.json").read_text())["cells"]
     assert [cell["row"] for cell in cells] == ["iMAML, gradient descent", "first-order"]
     assert [len(cell["seeds"]) for cell in cells] == [1, 1]
@@ -73,11 +74,11 @@ def test_command_refuses_in_a_line(tmp_path):
     arguments = ["paper", "--table", "omniglot", "--out", str(tmp_path), "--cell", "7way"]
     refused = CliRunner().invoke(command.app, arguments)
     assert refused.exit_code == 1
-    assert refused.stderr.startswith("error: cells='7way' is in no cell of omniglot")
+    assert refused.stderr.startswith("error: --cell 7way is in no cell of omniglot")
     # Omniglot needs files.
     rootless = CliRunner().invoke(command.app, arguments[:5])
     assert rootless.exit_code == 1
-    assert "root=None" in rootless.stderr
+    assert "error: no --root, but" in rootless.stderr
 
 
 def test_stopped_cell_goes_on_to_the_same_bits(tmp_path, monkeypatch, told):
@@ -183,10 +184,15 @@ def test_interval_is_over_tasks_after_averaging_seeds():
     text = as_markdown("omniglot", "paper", [result])
     assert f"| {cell.algorithm}: ours | {result.number} |" in text
     assert "do not compare" not in text
-    assert "7 meta-steps of 16 tasks with 1 query sets, 1.0 minutes | a machine" in text
-    assert "λ = 1, 1 gradient steps of 0.1, hessian" in text
+    assert "7 meta-steps of 16 tasks with 1 query set, 1.0 minutes | a machine" in text
+    assert "λ = 1, 1 gradient step of 0.1, hessian" in text
     renamed = CellResult(cell, [seed_result([0.0, 1.0], "photographs laid out like mini-imagenet")])
-    assert "do not compare" in as_markdown("omniglot", "paper", [renamed])
+    assert text.startswith("# omniglot, paper settings: ")
+    text = as_markdown("omniglot", "paper", [renamed])
+    assert "do not compare" in text
+    assert text.startswith("# photographs laid out like mini-imagenet, in the place of omniglot, paper settings: ")
+    nothing_yet = [CellResult(cell, [])]
+    assert as_markdown("omniglot", "paper", nothing_yet, "glyphs").startswith("# glyphs, in the place of omniglot, ")
 
 
 def test_published_numbers_are_the_papers():

@@ -60,7 +60,9 @@ def test_two_processes_go_on_from_one_and_one_from_two_as_if_there_were_no_diffe
     assert process.returncode == 0, errors
     # One process shows and says it.
     assert output.count("trained: 3 of 3 meta-steps") == 1
-    assert output.count("\n") == 2
+    assert output.count("glyphs 3-way 1-shot, imaml: 3 meta-steps of 4 tasks; ") == 1
+    assert output.count(" parameters on cpu, from meta-step 1\n") == 1
+    assert output.count("\n") == 3
     with double_precision():
         train.train(CONFIG, mixed, quiet, resume=True)
     assert_close(mixed, whole)
@@ -82,7 +84,7 @@ def test_when_a_process_is_gone_the_other_ends_and_the_run_goes_on(tmp_path, how
             process.kill()
             process.communicate()
     assert first.returncode == 1
-    assert errors.startswith("error in process 0: another process of this run has ended or doesn't answer")
+    assert errors.startswith("error: another process of this run has ended or doesn't answer")
     assert "continue with --resume" in errors
     done = checkpoint.load(folder).numbers["meta_step"]
     saved = Config.load(folder / "config.json")
@@ -94,22 +96,49 @@ def test_what_the_first_process_fails_at_ends_all(tmp_path):
     folder.mkdir()
     SHORT.save(folder / "config.json")
     before = time.monotonic()
-    for rank, process in enumerate(both("train", "--out", folder, *OPTIONS)):
+    told = f"error: {folder} holds a run already; continue it with --resume, or pass another folder."
+    for process, errors_expected in zip(both("train", "--out", folder, "--quiet", *OPTIONS), ([told], []), strict=True):
         output, errors = process.communicate(timeout=120)
-        assert (process.returncode, output) == (1, "")
-        assert errors.splitlines() == [
-            f"error in process {rank}: {folder} holds a run already; continue it with --resume, or pass another folder."
-        ]
+        assert (process.returncode, output, errors.splitlines()) == (1, "", errors_expected)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert json.loads((folder / "config.json").read_text())["tasks"] == SHORT.tasks
     assert time.monotonic() - before < 120
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--tasks", 3),
+            "--tasks 3 cannot be shared equally by 2 processes; pass a multiple, for instance --tasks 4, or",
+        ),
+        pytest.param(
+            ("--inner-lr", 1e30, "--meta-steps", 4, "--quiet"),
+            "the query loss is nan in the 2 meta-steps before 2; start",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_all_fail_at_is_told_once(tmp_path, options, message):
+    first, second = both("train", "--out", tmp_path / "run", *OPTIONS, *options)
+    output, errors = first.communicate(timeout=120)
+    assert (first.returncode, output) == (1, "")
+    assert errors.startswith(f"error: {message}")
+    assert (second.communicate(timeout=120), second.returncode) == (("", ""), 1)
+
+
+def test_what_another_process_alone_fails_at_it_tells(monkeypatch):
+    # The first one has nothing to tell.
+    monkeypatch.setattr(Processes, "from_first", lambda self, make: None)
+    with pytest.raises(ConfigError, match="ways=1 cannot be"):
+        Processes(1, 2).alike(lambda: Config(ways=1))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tasks": 16}, r"tasks=16 cannot be shared equally by 3 processes; pass a multiple, for instance --tasks 15"),
-        ({"tasks": 1}, r"tasks=1 cannot be shared equally by 3 processes; pass a multiple, for instance --tasks 3"),
+        ({"tasks": 16}, r"tasks=16 cannot be shared equally by 3 processes; pass a multiple, for instance tasks=15"),
+        ({"tasks": 1}, r"tasks=1 cannot be shared equally by 3 processes; pass a multiple, for instance tasks=3"),
         ({"tasks": 3, "device": "cuda:1"}, "device='cuda:1' is one device for 3 processes; pass auto, cuda or cpu"),
     ],
 )

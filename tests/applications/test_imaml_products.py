@@ -191,7 +191,7 @@ def test_accuracies_are_measured_in_single_precision(run, characters, monkeypatc
 
 
 def test_a_precision_that_the_device_lacks_is_refused_before_a_folder_is_made(tmp_path):
-    with pytest.raises(ConfigError, match=r"precision='tf32' cannot be on cpu: .* pass float32 or bf16"):
+    with pytest.raises(ConfigError, match=r"precision='tf32' cannot be on cpu: .* pass precision='float32' or 'bf16'"):
         train.train(replace(SHORT, precision="tf32"), tmp_path / "run", Limits(quiet=True))
     assert not (tmp_path / "run").exists()
 

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from applications.imaml import progress
-from applications.imaml.progress import Display, describe_seconds
+from applications.imaml.progress import Display, announced
+from applications.imaml.words import counted, describe_seconds
 
 ROW = {"meta_step": 40, "query_loss": 0.5, "query_accuracy": 0.75, "validation_accuracy": math.nan}
 
@@ -59,3 +60,20 @@ def test_quiet_shows_nothing(clock, capsys):
 )
 def test_durations_are_for_people(seconds, told):
     assert describe_seconds(seconds) == told
+
+
+def test_one_is_not_many():
+    assert [counted(number, "task") for number in (0, 1, 2, 20000)] == ["0 tasks", "1 task", "2 tasks", "20000 tasks"]
+
+
+def test_what_begins_is_shown_at_once_and_completed(capsys):
+    with announced("training", quiet=False) as show:
+        assert capsys.readouterr().out == "training"
+        show(", 5 parameters")
+    assert capsys.readouterr().out == ", 5 parameters\n"
+    with pytest.raises(ValueError, match="damaged"), announced("training", quiet=False):
+        raise ValueError("damaged")
+    assert capsys.readouterr().out == "training\n"
+    with announced("training", quiet=True) as show:
+        show(", 5 parameters")
+    assert capsys.readouterr().out == ""

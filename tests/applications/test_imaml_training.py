@@ -133,7 +133,7 @@ def run_command(*arguments):
 def test_a_resumed_run_goes_on_as_it_began(whole):
     refused = run_command("train", "--out", whole, "--resume", "--lam", "3")
     assert refused.exit_code == 1
-    assert "error: lam=3.0 differs from the run's 0.1" in refused.stderr
+    assert "error: --lam 3.0 differs from the run's 0.1" in refused.stderr
     more = run_command("train", "--out", whole, "--resume", "--meta-steps", "8", "--lam", "0.1")
     assert more.exit_code == 0, more.stderr
     assert "trained: 8 of 8 meta-steps" in more.stdout
@@ -142,9 +142,9 @@ def test_a_resumed_run_goes_on_as_it_began(whole):
 
 def test_errors_are_told_in_a_line(tmp_path):
     for arguments, message in (
-        (("train", "--out", tmp_path / "run", "--ways", "99"), "error: glyphs has too few classes for ways=99"),
-        (("train", "--out", tmp_path / "run", "--device", "cuda:77"), "error: device='cuda:77' cannot be used here"),
-        (("train", "--out", tmp_path / "run", "--time-limit", "0"), "error: time_limit=0.0 cannot be"),
+        (("train", "--out", tmp_path / "run", "--ways", "99"), "error: glyphs has too few classes for --ways 99"),
+        (("train", "--out", tmp_path / "run", "--device", "cuda:77"), "error: --device cuda:77 cannot be used here"),
+        (("train", "--out", tmp_path / "run", "--time-limit", "0"), "error: --time-limit 0.0 cannot be"),
         (("train", "--out", tmp_path / "run", "--resume"), "does not exist, so there is no run"),
         (("evaluate", tmp_path / "run"), "does not exist, so there is no run"),
     ):
@@ -182,7 +182,10 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
     first = episodes.Tasks(*(part[0] for part in sampler.sample(SHORT.tasks)))
     seen = batch_statistics(theta, first.support_images)
     unadapted = forward(theta, first.query_images, seen).argmax(-1) == first.query_labels
-    assert before[0] == unadapted.float().mean().item()
+    assert before[0] == pytest.approx(unadapted.double().mean().item(), rel=1e-7)
+    # Fractions of three query images, as they are read by people.
+    assert {line["after"] for line in table} <= {"0", "0.33333333", "0.66666667", "1"}
+    assert row["accuracy"] == round(row["accuracy"], 6)
     again = run_command("evaluate", whole, "--tasks", "7", "--batch-norm", "support", "--seed", "5")
     assert json.loads((whole / "evaluation.json").read_text()) == report
     assert again.stdout == result.stdout
@@ -190,4 +193,4 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
 
 def test_one_task_has_no_interval(whole):
     result = run_command("evaluate", whole, "--tasks", "1")
-    assert "error: tasks=1 has no spread" in result.stderr
+    assert "error: --tasks 1 has no spread" in result.stderr

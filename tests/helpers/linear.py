@@ -1,9 +1,23 @@
 """What the tests of linear solvers share."""
 
+import pytest
 import torch
 
 import implicitlayers as il
 from tests.helpers.problems import F64, normal, product
+
+ANY = {
+    "GMRES": il.GMRES,
+    "BiCGStab": il.BiCGStab,
+    "NormalCG": il.NormalCG,
+    "LSMR": il.LSMR,
+}
+SYMMETRIC = {"CG": il.CG, "MINRES": il.MINRES, **ANY}
+every = pytest.mark.parametrize("method", SYMMETRIC.values(), ids=SYMMETRIC.keys())
+general = pytest.mark.parametrize("method", ANY.values(), ids=ANY.keys())
+
+# Condition number 4647.
+SKEWED = torch.tensor([[3.9, 1.65], [6.845, 2.9]], dtype=F64)
 
 
 def solve(A, b, x0=None, **options):

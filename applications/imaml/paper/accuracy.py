@@ -40,6 +40,7 @@ from applications.imaml.paper.chart import (
 )
 from applications.imaml.paper.smooth import SOLVED, Certified, SmoothProblem, rows
 from applications.imaml.run_folder import CONFIG
+from applications.imaml.words import counted
 
 __all__ = ["AccuracySettings", "ExperimentNetwork", "accuracy_of_gradients", "relative_error"]
 
@@ -147,14 +148,14 @@ def accuracy_of_gradients(settings: AccuracySettings, run: Path | None = None) -
     return Chart(
         "accuracy",
         "Accuracy of meta-gradients and its certificate: 5-way 1-shot, float64",
-        f"line: median of {settings.tasks} tasks; band: smallest to largest",
+        f"line: median of {counted(settings.tasks, 'task')}; band: smallest to largest",
         asdict(settings) | {"run": None if run is None else str(run)},
         panels,
         [
             f"the smooth inner problem is solved to a gradient of {smooth.residual():.1g}",
             *(_finding(panel) for panel in panels),
             f"with the Hessian in the place of Gauss-Newton, CG met negative curvature in {broken} of "
-            f"{settings.tasks} tasks of {name}; its estimate is infinite there",
+            f"{counted(settings.tasks, 'task')} of {name}; its estimate is infinite there",
         ],
     )
 

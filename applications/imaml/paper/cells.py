@@ -131,10 +131,13 @@ TABLES: Mapping[TableName, Sequence[Cell]] = MappingProxyType(
 )
 """All cells of each table, row by row."""
 
-# The paper says neither how many Newton steps its Hessian-free solver makes nor how they are counted.
+# Below its table 2 the paper says that Hessian-free takes 5 CG steps for a direction and its step size from a line
+# search, but not how many directions; and the published code has no Hessian-free solver.
 _NEWTON_STEPS = 3
-_META_STEPS = 20_000
-# As in MAML, whose protocol the paper follows.
+# Not in the paper, but in the instructions for its code: at least so many meta-steps, of so many tasks.
+_META_STEPS, _TASKS = 20_000, 32
+# For Mini-ImageNet the paper gives strength and inner steps only. These are MAML's, whose protocol it follows (Finn et
+# al. 2017, appendix A.1: a meta-batch of 4 for one shot, 15 examples of a class for the meta-gradient).
 _MINI_IMAGENET_QUERIES, _MINI_IMAGENET_TASKS = 15, 4
 
 
@@ -198,7 +201,7 @@ def config_of(cell: Cell, settings: SettingsName, seed: int, overrides: Override
         "algorithm": "fomaml" if first_order else "imaml",
         "inner": "hessian-free" if cell.row == "imaml-hf" else "gradient",
         "meta_steps": _META_STEPS,
-        "tasks": _MINI_IMAGENET_TASKS if mini else 32,
+        "tasks": _MINI_IMAGENET_TASKS if mini else _TASKS,
         "checkpoint_every": 500,
         "seed": seed,
     }
@@ -214,6 +217,7 @@ def _paper(cell: Cell) -> dict[str, Any]:
     descent = 10 if mini else {5: 16, 20: 25}[cell.ways]
     return {
         "lam": 0.5 if mini else 2.0,
+        # Both learning rates are those of the instructions for the published code, which is about Omniglot.
         "inner_lr": 0.1,
         "inner_steps": _NEWTON_STEPS if cell.row == "imaml-hf" else descent,
         "cg_steps": 5,

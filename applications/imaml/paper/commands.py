@@ -49,7 +49,7 @@ def regression_command(
     seed: Annotated[int, typer.Option(help="chooses them")] = RegressionSettings.seed,
 ) -> None:
     """Linear regression: meta-gradients against the exact one, and what their errors do to meta-training."""
-    with explained():
+    with explained(context):
         settings = RegressionSettings(**_given(context, RegressionSettings))
         _save(out, lambda: regression(settings))
 
@@ -69,7 +69,7 @@ def accuracy_command(
     seed: Annotated[int, typer.Option(help="chooses tasks and networks")] = AccuracySettings.seed,
 ) -> None:
     """Networks: true errors of meta-gradients beside what their certificate estimates."""
-    with explained():
+    with explained(context):
         settings = AccuracySettings(**_given(context, AccuracySettings))
         _save(out, lambda: accuracy_of_gradients(settings, run))
 
@@ -98,7 +98,7 @@ def memory_command(
     threads: _Threads = CostSettings.threads,
 ) -> None:
     """Peak memory of a meta-gradient against inner steps, each in a fresh process."""
-    with explained():
+    with explained(context):
         settings = CostSettings(**_given(context, CostSettings))
         _save(out, lambda: memory(settings))
 
@@ -121,12 +121,13 @@ def time_command(
     threads: _Threads = CostSettings.threads,
 ) -> None:
     """Time of a meta-step against inner steps."""
-    with explained():
+    with explained(context):
         settings = CostSettings(**_given(context, CostSettings))
         _save(out, lambda: seconds(settings))
 
 
 def paper_command(
+    context: typer.Context,
     table: Annotated[TableName, typer.Option(help="which table")],
     out: Annotated[Path, typer.Option(help="folder for the table and for one run a cell and seed")],
     root: Annotated[str | None, typer.Option(help=help_of("root"))] = None,
@@ -152,11 +153,11 @@ def paper_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
 ) -> None:
     """Train and evaluate the cells of a table of the paper, beside its numbers; call again to go on."""
-    with explained():
+    with explained(context, cells="cell", seconds="time_limit"):
+        with explained(context, tasks="test_tasks"):
+            protocol = Protocol(tasks=test_tasks)
         overrides = Overrides(data, root, meta_steps, tasks, query_sets, curvature, device, threads)
-        request = Request(
-            table, settings, seeds, tuple(cell or ()), overrides, Protocol(tasks=test_tasks), time_limit, quiet
-        )
+        request = Request(table, settings, seeds, tuple(cell or ()), overrides, protocol, time_limit, quiet)
         complete, text, files = fill(request, out, typer.echo)
         typer.echo(text)
         typer.echo(", ".join(map(str, files)))

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,8 +13,8 @@ from applications.imaml.config import AlgorithmName, Config, ConfigError
 from applications.imaml.device import use
 from applications.imaml.paper.chart import FIRST_ORDER, IMAML, MAML, Chart, Panel, Series, Style
 from applications.imaml.paper.hardware import hardware
-from applications.imaml.paper.probe import Memory, given, meta_gradient
-from applications.imaml.run_folder import RunError
+from applications.imaml.paper.probe import given, memory_of, meta_gradient
+from applications.imaml.words import counted
 
 Clock = Literal["wall", "cpu"]
 
@@ -32,7 +26,6 @@ _WAYS: tuple[tuple[AlgorithmName, str, Style], ...] = (
     ("fomaml", "first-order", FIRST_ORDER),
 )
 _MIB = 2**20
-_ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
@@ -128,12 +121,12 @@ def memory(settings: CostSettings) -> Chart:
     Raises:
         RunError: if a process fails, for instance for lack of memory.
     """
-    gradient = _probe(settings.config("imaml", 1), gradient=True)
+    gradient = memory_of(settings.config("imaml", 1), gradient=True)
     unit = gradient.peak - gradient.before
     series, found = [], {}
     for algorithm, label, style in _WAYS:
         steps = settings.steps(algorithm)
-        taken = [_probe(settings.config(algorithm, k)) for k in steps]
+        taken = [memory_of(settings.config(algorithm, k)) for k in steps]
         found[label] = torch.tensor([[m.peak - m.before] for m in taken], dtype=torch.float64)
         series.append(Series.of(label, style, steps, found[label] / _MIB))
     panel = Panel("above what the process had before", "inner gradient steps", "peak memory (MiB)", series)
@@ -178,33 +171,11 @@ def seconds(settings: CostSettings) -> Chart:
     return Chart(
         "time",
         _title("Time of a meta-step", settings),
-        f"line: median of {settings.repeats} meta-steps after a warm-up; band: shortest to longest",
+        f"line: median of {counted(settings.repeats, 'meta-step')} after a warm-up; band: shortest to longest",
         _recorded(settings),
         [panel],
         [_growth(s, "s") for s in series] + [_ratio(series)],
     )
-
-
-def _probe(config: Config, *, gradient: bool = False) -> Memory:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        config.save(path)
-        command = [sys.executable, "-m", "applications.imaml.paper.probe", str(path)]
-        # The same code as here, wherever the user stands.
-        paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(
-            [*command, "--gradient"] if gradient else command,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": paths},
-        )
-    if done.returncode:
-        raise RunError(
-            f"measuring {config.algorithm} with {config.inner_steps} steps failed (exit status {done.returncode}): "
-            f"{done.stderr.strip()[-500:]}; pass fewer steps, tasks, ways or shots if memory was short."
-        )
-    return Memory(**json.loads(done.stdout))
 
 
 def _timed(config: Config, clock: Clock, device: torch.device) -> float:
@@ -226,8 +197,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _title(what: str, settings: CostSettings) -> str:
-    tasks = "1 task" if settings.tasks == 1 else f"{settings.tasks} tasks"
-    return f"{what}: {settings.ways}-way {settings.shots}-shot, {tasks}, {settings.cg_steps} CG steps"
+    tasks, steps = counted(settings.tasks, "task"), counted(settings.cg_steps, "CG step")
+    return f"{what}: {settings.ways}-way {settings.shots}-shot, {tasks}, {steps}"
 
 
 def _recorded(settings: CostSettings) -> dict[str, Any]:
@@ -236,10 +207,10 @@ def _recorded(settings: CostSettings) -> dict[str, Any]:
 
 def _growth(series: Series, unit: str, gradients: float | None = None) -> str:
     first, last = series.median[0], series.median[-1]
-    counted = "" if gradients is None else f", which is {gradients:.2f} inner gradients"
+    of_gradients = "" if gradients is None else f", which is {gradients:.2f} inner gradients"
     return (
-        f"{series.label}: {first:.3g} {unit} with {series.x[0]:g} inner step, {last:.3g} {unit} with "
-        f"{series.x[-1]:g}{counted}"
+        f"{series.label}: {first:.3g} {unit} with {counted(series.x[0], 'inner step')}, {last:.3g} {unit} with "
+        f"{series.x[-1]:g}{of_gradients}"
     )
 
 
@@ -248,4 +219,4 @@ def _ratio(series: Sequence[Series]) -> str:
     by_label = {s.label: dict(zip(s.x, s.median, strict=True)) for s in series}
     implicit, path = by_label["iMAML"], by_label["MAML, through the path"]
     k = max(set(implicit) & set(path))
-    return f"with {k:g} inner steps MAML takes {path[k] / implicit[k]:.2f} times as long as iMAML"
+    return f"with {counted(k, 'inner step')} MAML takes {path[k] / implicit[k]:.2f} times as long as iMAML"

@@ -1,4 +1,4 @@
-"""One meta-step in a process of its own, which prints the memory it took: ``python -m applications.imaml.paper.probe``.
+"""The memory of one meta-step, in a process of its own that prints it: ``python -m applications.imaml.paper.probe``.
 
 On a CPU memory is the peak of the process, which never falls again: hence one process for every measurement.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
+import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -23,14 +26,16 @@ from applications.imaml.config import Config
 from applications.imaml.device import use
 from applications.imaml.episodes import Tasks, generator_for
 from applications.imaml.networks import Parameters, forward, initialize
+from applications.imaml.run_folder import RunError
 
 if sys.platform != "win32":
     import resource
 
 
-__all__ = ["Given", "Memory", "given", "inner_gradient", "meta_gradient"]
+__all__ = ["Given", "Memory", "given", "inner_gradient", "memory_of", "meta_gradient"]
 
 SIDE = 28
+_ROOT = Path(__file__).parents[3]
 
 
 class Memory(NamedTuple):
@@ -84,6 +89,40 @@ def inner_gradient(start: Given) -> None:
     """
     phi = {name: value.detach().expand(len(start.tasks[0]), *value.shape) for name, value in start.theta.items()}
     torch.vmap(torch.func.grad(lambda p, x, y: F.cross_entropy(forward(p, x), y)))(phi, *start.tasks[:2])
+
+
+def memory_of(config: Config, *, gradient: bool = False) -> Memory:
+    """Measure the memory of a meta-step in a fresh process.
+
+    Args:
+        config: settings of the meta-step.
+        gradient: one inner gradient in its place.
+
+    Returns:
+        Resident memory of the process, or on a GPU that of the allocator.
+
+    Raises:
+        RunError: if the process fails, for instance for lack of memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        config.save(path)
+        command = [sys.executable, "-m", "applications.imaml.paper.probe", str(path)]
+        # The same code as here, wherever the user stands.
+        paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(
+            [*command, "--gradient"] if gradient else command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
+    if done.returncode:
+        raise RunError(
+            f"measuring {config.algorithm} with {config.inner_steps} steps failed (exit status {done.returncode}): "
+            f"{done.stderr.strip()[-500:]}; pass fewer steps, tasks, ways or shots if memory was short."
+        )
+    return Memory(**json.loads(done.stdout))
 
 
 def main(

@@ -23,6 +23,7 @@ from applications.imaml.paper.chart import (
     Style,
 )
 from applications.imaml.paper.linear import Exact, RegressionSettings, RegressionTasks, Way, draw_tasks, meta_gradient
+from applications.imaml.words import counted
 
 __all__ = ["regression"]
 
@@ -45,8 +46,8 @@ def regression(settings: RegressionSettings) -> Chart:
     return Chart(
         "regression",
         f"Linear regression with an exact meta-gradient: {settings.features} features, {settings.samples} samples a "
-        f"task, {settings.tasks} tasks, λ = {settings.lam:g}",
-        f"line: median of {settings.repeats} problems; band: smallest to largest",
+        f"task, {counted(settings.tasks, 'task')}, λ = {settings.lam:g}",
+        f"line: median of {counted(settings.repeats, 'problem')}; band: smallest to largest",
         asdict(settings),
         panels,
         _findings(settings, panels),
@@ -109,7 +110,7 @@ def _against_cg_steps(settings: RegressionSettings, problems: list[_Problem]) ->
     levels = [(max(1, most // 32), IMAML_FEW), (max(1, most // 8), IMAML_SOME), (most, IMAML)]
     series = [
         Series.of(
-            f"iMAML, {inner} inner steps",
+            f"iMAML, {counted(inner, 'inner step')}",
             style,
             steps,
             _errors(settings, problems, [Way("imaml", inner, cg) for cg in steps]),
@@ -137,7 +138,7 @@ def _trained(settings: RegressionSettings, problems: list[_Problem]) -> Panel:
         )
         for label, style, way in curves
     ]
-    title = f"meta-training, {k} inner steps"
+    title = f"meta-training, {counted(k, 'inner step')}"
     return Panel(title, "meta-step (gradient descent)", "meta-loss above its minimum", series, log_x=False)
 
 
@@ -166,8 +167,8 @@ def _findings(settings: RegressionSettings, panels: tuple[Panel, ...]) -> list[s
     few = ", ".join(f"{x:g}: {error:.2g}" for x, error in zip(most.x, most.median, strict=True))
     end = ", ".join(f"{series.label} {series.median[-1]:.2g}" for series in training.series)
     return [
-        f"relative error of the meta-gradient after {settings.most_inner_steps} inner steps, median: {told}",
+        f"relative error of the meta-gradient after {counted(settings.most_inner_steps, 'inner step')}, median: {told}",
         f"{most.label}, by CG steps: {few}",
-        f"meta-loss above its minimum after {settings.meta_steps} meta-steps, from "
+        f"meta-loss above its minimum after {counted(settings.meta_steps, 'meta-step')}, from "
         f"{training.series[0].median[0]:.2g}: {end}",
     ]

@@ -10,6 +10,7 @@ import torch
 
 from applications.imaml.evaluate import mean_and_interval
 from applications.imaml.paper.cells import Cell, Number
+from applications.imaml.words import counted
 
 __all__ = ["CellResult", "SeedResult", "as_json", "as_markdown"]
 
@@ -98,13 +99,14 @@ def as_json(table: str, settings: str, results: Sequence[CellResult]) -> dict[st
     return {"table": table, "settings": settings, "cells": [result.entry() for result in results]}
 
 
-def as_markdown(table: str, settings: str, results: Sequence[CellResult]) -> str:
+def as_markdown(table: str, settings: str, results: Sequence[CellResult], images: str | None = None) -> str:
     """The table for readers: the numbers beside the paper's, then what each depends on.
 
     Args:
         table: its name.
         settings: what its cells are trained with.
         results: of its cells.
+        images: what was asked for in the place of the table's own images, if anything.
 
     Returns:
         Markdown.
@@ -112,7 +114,11 @@ def as_markdown(table: str, settings: str, results: Sequence[CellResult]) -> str
     columns = list(dict.fromkeys(result.cell.column for result in results))
     rows = list(dict.fromkeys(result.cell.algorithm for result in results))
     by_place = {(result.cell.algorithm, result.cell.column): result for result in results}
-    lines = [f"# {table}, {settings} settings: test accuracy (%), ours and the paper's, 95 % intervals over tasks", ""]
+    # What was read says what it is, and may not be what it was taken for.
+    sources = dict.fromkeys(seed.row["source"] for result in results for seed in result.seeds)
+    used = ", ".join(sources) or images or table
+    what = table if used == table else f"{used}, in the place of {table}"
+    lines = [f"# {what}, {settings} settings: test accuracy (%), ours and the paper's, 95 % intervals over tasks", ""]
     lines += _line(["", *columns]), _line(["---"] * (len(columns) + 1))
     for row in rows:
         found = [by_place.get((row, column)) for column in columns]
@@ -137,19 +143,19 @@ def _ours(result: CellResult) -> str:
 
 
 def _details(result: CellResult, seed: SeedResult) -> dict[str, Any]:
-    row = seed.row
-    step = f" of {row['inner_lr']:g}" if row["inner"] == "gradient" else ""
+    row, inner = seed.row, seed.row["inner"]
+    step = f" of {row['inner_lr']:g}" if inner == "gradient" else ""
     curvature = "" if row["algorithm"] == "fomaml" else f", {seed.curvature}"
     return {
         "cell": result.cell.name,
         "seed": row["training_seed"],
         "accuracy": Number(row["accuracy"], row["interval"]),
         "images": row["source"],
-        "protocol": f"{row['split']}, {row['tasks']} tasks, {row['queries']} query images a class, batch norm "
-        f"{row['batch_norm']}, task seed {row['task_seed']}",
-        "inner problem": f"λ = {row['lam']:g}, {row['inner_steps']} {row['inner']} steps{step}{curvature}",
-        "budget": f"{row['meta_step']} meta-steps of {seed.tasks} tasks with {seed.query_sets} query sets, "
-        f"{seed.seconds / 60:.1f} minutes",
+        "protocol": f"{row['split']}, {row['tasks']} tasks, {counted(row['queries'], 'query image')} a class, "
+        f"batch norm {row['batch_norm']}, task seed {row['task_seed']}",
+        "inner problem": f"λ = {row['lam']:g}, {counted(row['inner_steps'], f'{inner} step')}{step}{curvature}",
+        "budget": f"{counted(row['meta_step'], 'meta-step')} of {counted(seed.tasks, 'task')} with "
+        f"{counted(seed.query_sets, 'query set')}, {seed.seconds / 60:.1f} minutes",
         "hardware": seed.hardware,
     }
 

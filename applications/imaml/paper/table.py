@@ -165,7 +165,7 @@ def _check_same(config: Config, folder: Path) -> None:
 
 
 def _write(request: Request, out: Path, results: list[CellResult]) -> tuple[str, list[Path]]:
-    text = as_markdown(request.table, request.settings, results)
+    text = as_markdown(request.table, request.settings, results, request.overrides.data)
     content = as_json(request.table, request.settings, results)
     markdown, data = out / f"{request.table}.md", out / f"{request.table}.json"
     out.mkdir(parents=True, exist_ok=True)
