@@ -8,11 +8,12 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import accuracy, adjoint, lanes, large, memory, meta_step, overhead, scaling
+from benchmarks import accuracy, adjoint, device, lanes, large, memory, meta_step, overhead, scaling
 from benchmarks.report import publish
 
 BENCHMARKS = {
     "meta_step": meta_step.run,
+    "device": device.run,
     "memory": memory.run,
     "overhead": overhead.run,
     "lanes": lanes.run,

@@ -105,7 +105,8 @@ class Structure:
         """Lay a strength out: a scalar stays 0-d; scalars per leaf and elementwise weights become a vector ``[n]``."""
         options = {"dtype": self.dtype, "device": self.device}
         if isinstance(tree, (int, float)):
-            return torch.tensor(float(tree), **options)
+            # Filled where it lies; torch.tensor would lay it out on the host, and the copy to a device is waited for.
+            return torch.full((), float(tree), **options)
         if isinstance(tree, Tensor) and tree.ndim == 0:
             return tree.to(self.dtype)
         leaves, spec = pytree.tree_flatten(tree)
@@ -118,7 +119,7 @@ class Structure:
         for path, leaf, shape in zip(self.paths, leaves, self.shapes, strict=True):
             if not isinstance(leaf, (Tensor, int, float)) or (isinstance(leaf, Tensor) and leaf.is_complex()):
                 raise MisuseError(f"{name} at {path} is {leaf!r}; pass a real number or a real tensor.")
-            leaf = leaf.to(self.dtype) if isinstance(leaf, Tensor) else torch.tensor(float(leaf), **options)
+            leaf = leaf.to(self.dtype) if isinstance(leaf, Tensor) else torch.full((), float(leaf), **options)
             if leaf.ndim > len(shape) or any(
                 have not in (1, want) for have, want in zip(reversed(leaf.shape), reversed(shape), strict=False)
             ):

@@ -295,7 +295,9 @@ class Linearization:
         self._bound, self._x, self._transposed = bound, x, transposed
         self._terms: list[tuple[Term, Sequence[Tensor], Lanes]] = []
         self._products: list[Callable[[Tensor], Tensor]] = []
-        self._diagonal, self._plus_diagonal = x.new_tensor(damping), bool(damping)
+        # Filled where it lies: x.new_tensor would be a copy from the host, which is waited for.
+        self._diagonal = torch.full((), damping, dtype=x.dtype, device=x.device)
+        self._plus_diagonal = bool(damping)
         for term in bound.posed.terms:
             params, lanes = select(bound.tensors, bound.lanes, term.slots)
             own = term.diagonal(x, params, lanes)

@@ -1,6 +1,7 @@
 """Every benchmark that can be made small runs at toy size and says what it found; speeds are nobody's test."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from applications.imaml.paper.probe import Memory
 from benchmarks import __main__ as command
-from benchmarks import accuracy, adjoint, lanes, large, memory, meta_step, overhead, scaling
+from benchmarks import accuracy, adjoint, device, lanes, large, memory, meta_step, overhead, scaling
 
 
 @pytest.fixture
@@ -131,6 +132,34 @@ def test_meta_step(measure, monkeypatch):
     for name, value in {"TASKS": 2, "WAYS": 2, "INNER_STEPS": 1, "CG_STEPS": 2}.items():
         monkeypatch.setattr(meta_step, name, value)
     assert {row["way"] for row in measure("meta_step")["rows"]} >= {"task by task", "batched"}
+
+
+def test_device(measure, monkeypatch):
+    monkeypatch.setattr(device, "TASKS", {"cpu": 2})
+    monkeypatch.setattr(device, "SAME", replace(device.SAME, ways=2, inner_steps=1, cg_steps=2))
+    found = measure("device")
+    loop, *ways = found["rows"]
+    assert loop["way"] == "task by task"
+    same = [(row["convolution"], row["precision"]) for row in ways if row["steps"] == "1 inner + 2 CG, hessian"]
+    assert same == [(c, p) for c in ("windows", "grouped") for p in ("float32", "bf16")]
+    assert {row["steps"] for row in ways[4:]} == {"5 inner + 3 CG, gauss-newton"}
+    for row in found["rows"]:
+        assert row["minutes for 20,000 x 32"] == pytest.approx(640_000 / row["tasks/s"] / 60)
+        assert row["tasks/s"] / loop["tasks/s"] == pytest.approx(row["ratio"])
+        assert row["cosine"] > (0.8 if row["precision"] == "bf16" else 0.9999)
+
+
+def test_a_gpu_is_asked_for_graphs_and_tf32_as_well():
+    ways = list(device._ways(replace(device.SAME, device="cuda", tasks=32), cuda=True))
+    assert len(set(ways)) == len(ways) == 2 * 2 * 3 * 2
+    chosen = {(way.way, way.config.graph, way.config.precision) for way in ways}
+    assert chosen == {
+        (way, way == "graph", name) for way in ("batched", "graph") for name in ("float32", "tf32", "bf16")
+    }
+    assert {way.config.tasks for way in ways} == {32}
+    graph = next(way for way in ways if way.config.graph)
+    taken = device._step(graph._replace(config=replace(graph.config, device="cpu")))
+    assert isinstance(taken, device.CapturedStep)
 
 
 def test_scaling(measure, monkeypatch):

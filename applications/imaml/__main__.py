@@ -19,9 +19,11 @@ from applications.imaml.config import (
     BatchNorm,
     Config,
     ConfigError,
+    ConvolutionName,
     CurvatureName,
     DataName,
     LearnLam,
+    PrecisionName,
     ScheduleName,
     help_of,
     usual_lam,
@@ -43,7 +45,7 @@ from applications.imaml.words import counted
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 # Settings that may change when a run is resumed: they say where and how long it computes, not what.
-MUTABLE = ("root", "device", "threads", "meta_steps", "checkpoint_every")
+MUTABLE = ("root", "device", "graph", "threads", "meta_steps", "checkpoint_every")
 
 
 def _option(name: str) -> Any:
@@ -85,6 +87,9 @@ def train_command(
     meta_steps: Annotated[int, _option("meta_steps")] = Config.meta_steps,
     tasks: Annotated[int, _option("tasks")] = Config.tasks,
     device: Annotated[str, _option("device")] = Config.device,
+    precision: Annotated[PrecisionName, _option("precision")] = Config.precision,
+    convolution: Annotated[ConvolutionName, _option("convolution")] = Config.convolution,
+    graph: Annotated[bool, typer.Option(help=help_of("graph"))] = Config.graph,
     threads: Annotated[int, _option("threads")] = Config.threads,
     seed: Annotated[int, _option("seed")] = Config.seed,
     split_seed: Annotated[int, _option("split_seed")] = Config.split_seed,

@@ -18,6 +18,8 @@ LearnLam = Literal["none", "scalar", "layer"]
 ScheduleName = Literal["cosine", "constant"]
 CurvatureName = Literal["gauss-newton", "hessian", "hessian-unguarded", "published"]
 BatchNorm = Literal["transductive", "support"]
+PrecisionName = Literal["float32", "tf32", "bf16"]
+ConvolutionName = Literal["auto", "windows", "grouped"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "data": get_args(DataName),
@@ -26,6 +28,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "curvature": get_args(CurvatureName),
     "schedule": get_args(ScheduleName),
     "batch_norm": get_args(BatchNorm),
+    "precision": get_args(PrecisionName),
+    "convolution": get_args(ConvolutionName),
 }
 _AT_LEAST_ONE = [
     "shots",
@@ -103,6 +107,13 @@ class Config:
     meta_steps: int = _option(6000, "meta-steps after which training is complete")
     tasks: int = _option(16, "tasks of a meta-step")
     device: str = _option("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1, ...")
+    precision: PrecisionName = _option(
+        "float32", "of the network's products in training: float32, tf32 (CUDA devices) or bf16; all else is float32"
+    )
+    convolution: ConvolutionName = _option(
+        "auto", "convolutions as products of gathered windows (windows), as PyTorch's own (grouped), or by network"
+    )
+    graph: bool = _option(False, "on a CUDA device, the whole meta-step as one CUDA graph: the same bits, sooner")
     threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice")
     seed: int = _option(0, "chooses the initialisation and the tasks")
     split_seed: int = _option(0, "chooses the generated characters, and which classes are for testing")
@@ -233,6 +244,8 @@ class Config:
     def load(cls, path: Path) -> Config:
         """Read settings that ``save`` wrote.
 
+        A setting that is missing was not there yet when the run was made, and its default does what was done then.
+
         Args:
             path: file to read.
 
@@ -240,7 +253,7 @@ class Config:
             The settings.
 
         Raises:
-            ConfigError: if the file is missing, is not JSON, or holds other settings than these.
+            ConfigError: if the file is missing, is not JSON, or holds settings that are not known here.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -249,11 +262,11 @@ class Config:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is not JSON ({error}); restore it, or start a run in a new folder.") from error
         known = {entry.name for entry in fields(cls)}
-        if not isinstance(values, dict) or set(values) != known:
-            strange = sorted(known.symmetric_difference(values)) if isinstance(values, dict) else type(values).__name__
+        if not isinstance(values, dict) or not set(values) <= known:
+            strange = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
             raise ConfigError(
-                f"{path} does not hold the settings of this version (differs in {strange}); read it with the version "
-                f"that wrote it, or start a run in a new folder."
+                f"{path} does not hold the settings of this version (it has {strange}); read it with the version that "
+                f"wrote it, or start a run in a new folder."
             )
         return cls(**values)
 

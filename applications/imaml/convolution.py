@@ -13,20 +13,33 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
+
+from applications.imaml.products import USUAL, Products
 
 KERNEL, STRIDE, PADDING = 3, 2, 1
 
 
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, how: Products = USUAL) -> Tensor:
     """Convolve with 3x3 kernels, stride 2 and padding 1.
 
     Args:
         x: ``[batch, height, width, channels]``.
         weight: ``[3, 3, channels, filters]``.
+        how: by gathered windows, unless PyTorch's own convolution is asked for, and in which precision.
 
     Returns:
         ``[batch, ceil(height / 2), ceil(width / 2), filters]``.
     """
+    own = _grouped if how.convolution == "grouped" else _by_windows
+    return own(*how.operands(x, weight)).to(x.dtype)
+
+
+def _grouped(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x.movedim(-1, 1), weight.permute(3, 2, 0, 1), stride=STRIDE, padding=PADDING).movedim(1, -1)
+
+
+def _by_windows(x: Tensor, weight: Tensor) -> Tensor:
     windows = _Gather.apply(x)
     batch, height, width, taps = windows.shape
     product = windows.reshape(batch * height * width, taps) @ weight.reshape(taps, -1)

@@ -15,7 +15,7 @@ _M_MMAP_THRESHOLD = -3
 
 
 def use(config: Config) -> torch.device:
-    """Make PyTorch compute as a configuration asks: number of threads, repeatable convolutions, memory kept.
+    """Make PyTorch compute as a configuration asks: number of threads, precision, repeatable convolutions, memory kept.
 
     Args:
         config: of the run.
@@ -24,7 +24,7 @@ def use(config: Config) -> torch.device:
         The device; for "auto" a CUDA device if there is one, else the CPU.
 
     Raises:
-        ConfigError: if there is no such device.
+        ConfigError: if there is no such device, or it has no such precision.
     """
     name = config.device
     if name == "auto":
@@ -39,8 +39,16 @@ def use(config: Config) -> torch.device:
     if device.type == "cuda":
         # The fastest convolution may add in any order, and then no run could be repeated to the bit.
         torch.backends.cudnn.deterministic = True
-    else:
-        keep_freed_memory()
+        # Off is said as well: PyTorch has it on for convolutions, and float32 is the known baseline. By the names of
+        # old, since once the new ones are used PyTorch refuses to tell what the old ones are.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        return device
+    if config.precision == "tf32":
+        raise ConfigError(
+            f"precision='tf32' cannot be on {device.type}: it is a mode of the matrix units of CUDA devices; pass "
+            f"precision='float32' or 'bf16', or a device that is one."
+        )
+    keep_freed_memory()
     return device
 
 

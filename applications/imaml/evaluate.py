@@ -22,6 +22,7 @@ from applications.imaml.device import use
 from applications.imaml.episodes import SplitName, Tasks, TaskSampler, generator_for, load_splits
 from applications.imaml.networks import Parameters
 from applications.imaml.processes import Processes
+from applications.imaml.products import Products
 from applications.imaml.trained import Network, load_network
 from applications.imaml.words import counted
 
@@ -54,10 +55,11 @@ def accuracies(
     Returns:
         One accuracy a task, on the CPU, of all tasks in every process.
     """
+    how = Products.of(config)
 
     def judge(task: Tasks) -> tuple[Tensor, Tensor]:
         phi = adapt(theta, task, config).value
-        before, after = (query_logits(values, task, config.batch_norm) for values in (theta, phi))
+        before, after = (query_logits(values, task, config.batch_norm, how=how) for values in (theta, phi))
         return accuracy(before, task.query_labels), accuracy(after, task.query_labels)
 
     # Zero is what the other processes' tasks add.
@@ -113,7 +115,7 @@ class Protocol:
             raise ConfigError(f"seed={self.seed} cannot be; pass an integer of at least 0.")
 
     def applied(self, config: Config) -> Config:
-        """What a network is measured with.
+        """What a network is measured with; in float32, whatever it was trained in.
 
         Args:
             config: of the run.
@@ -126,6 +128,7 @@ class Protocol:
         """
         return replace(
             config,
+            precision="float32",
             batch_norm=self.batch_norm or config.batch_norm,
             queries=config.queries if self.queries is None else self.queries,
             inner_steps=config.inner_steps if self.inner_steps is None else self.inner_steps,
@@ -239,7 +242,7 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
         OSError: if the dataset cannot be read.
         ValueError: if it is damaged, or too small for these tasks.
     """
-    device = use(config)
+    device = use(replace(config, precision="float32"))
     network = load_network(folder, device, protocol.checkpoint)
     splits = load_splits(config, device)
     if protocol.split not in splits:

@@ -69,6 +69,7 @@ class Learner:
             saved,
             device=device,
             threads=0,
+            precision="float32",
             inner_steps=saved.inner_steps if inner_steps is None else inner_steps,
             batch_norm=batch_norm or saved.batch_norm,
         )

@@ -17,6 +17,7 @@ from torch.nn import init
 
 from applications.imaml.convolution import convolve
 from applications.imaml.normalization import EPSILON, moments, normalize
+from applications.imaml.products import USUAL, Products
 
 BLOCKS = 4
 FILTERS = 64
@@ -63,7 +64,9 @@ def initialize(ways: int, channels: int, generator: torch.Generator) -> Paramete
     return parameters
 
 
-def forward(parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None) -> Tensor:
+def forward(
+    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None, how: Products = USUAL
+) -> Tensor:
     """Classify images.
 
     Args:
@@ -72,55 +75,62 @@ def forward(parameters: Parameters, images: Tensor, statistics: list[Statistics]
         statistics: what to normalise with, one entry for each block, from ``batch_statistics`` of another batch.
             Without it the images are normalised by their own statistics, so that the classification of one image
             depends on the others in its batch (transductive, if these are query images).
+        how: the products are computed.
 
     Returns:
         Logits ``[batch, ways]``.
     """
-    return head(parameters, features(parameters, images, statistics))
+    return head(parameters, features(parameters, images, statistics, how), how)
 
 
-def features(parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None) -> Tensor:
+def features(
+    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None, how: Products = USUAL
+) -> Tensor:
     """What the last layer sees of images.
 
     Args:
         parameters: as drawn by ``initialize``; those of the last layer aren't looked at.
         images: as for ``forward``.
         statistics: as for ``forward``.
+        how: as for ``forward``.
 
     Returns:
         Features ``[batch, FEATURES]``.
     """
-    return _apply(parameters, images, statistics, collect=False)[0]
+    return _apply(parameters, images, statistics, how, collect=False)[0]
 
 
-def head(parameters: Parameters, features: Tensor) -> Tensor:
+def head(parameters: Parameters, features: Tensor, how: Products = USUAL) -> Tensor:
     """Classify features by the last layer.
 
     Args:
         parameters: those in ``HEAD``, and any others.
         features: ``[batch, features]``.
+        how: the product is computed.
 
     Returns:
         Logits ``[batch, ways]``.
     """
-    return F.linear(features, parameters["linear.weight"], parameters["linear.bias"])
+    operands = how.operands(features, parameters["linear.weight"], parameters["linear.bias"])
+    return F.linear(*operands).to(features.dtype)
 
 
-def batch_statistics(parameters: Parameters, images: Tensor) -> list[Statistics]:
+def batch_statistics(parameters: Parameters, images: Tensor, how: Products = USUAL) -> list[Statistics]:
     """What each block's batch normalisation sees of a batch, to be handed to ``forward`` with another.
 
     Args:
         parameters: as drawn by ``initialize``.
         images: ``[batch, channels, 28, 28]``, between 0 and 1.
+        how: as for ``forward``.
 
     Returns:
         The statistics of each block.
     """
-    return _apply(parameters, images, None, collect=True)[1]
+    return _apply(parameters, images, None, how, collect=True)[1]
 
 
 def _apply(
-    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None, *, collect: bool
+    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None, how: Products, *, collect: bool
 ) -> tuple[Tensor, list[Statistics]]:
     if images.shape[-2:] != (SIDE, SIDE):
         raise ValueError(
@@ -131,7 +141,7 @@ def _apply(
     seen: list[Statistics] = []
     for block in range(BLOCKS):
         # The bias of a convolution cancels in the normalisation, so it is not added.
-        x = convolve(x, parameters[f"convolution{block}.weight"])
+        x = convolve(x, parameters[f"convolution{block}.weight"], how if block else how.first())
         scale, shift = parameters[f"normalization{block}.scale"], parameters[f"normalization{block}.shift"]
         if statistics is None and not collect:
             x = F.relu(normalize(x, scale, shift))

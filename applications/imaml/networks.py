@@ -12,6 +12,7 @@ from torch import Tensor
 
 from applications.imaml import network, pooled
 from applications.imaml.network import HEAD, Parameters, Statistics, head
+from applications.imaml.products import USUAL, Products
 
 __all__ = ["HEAD", "Parameters", "Statistics", "batch_statistics", "features", "forward", "head", "initialize"]
 
@@ -36,7 +37,9 @@ def initialize(ways: int, channels: int, side: int, generator: torch.Generator) 
     return pooled.initialize(ways, channels, side, generator)
 
 
-def forward(parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None) -> Tensor:
+def forward(
+    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None, how: Products = USUAL
+) -> Tensor:
     """Classify images.
 
     Args:
@@ -44,39 +47,44 @@ def forward(parameters: Parameters, images: Tensor, statistics: list[Statistics]
         images: ``[batch, channels, side, side]``, between 0 and 1.
         statistics: what to normalise with, one entry for each block, from ``batch_statistics`` of another batch; the
             batch's own without.
+        how: the products are computed.
 
     Returns:
         Logits ``[batch, ways]``.
     """
-    return head(parameters, features(parameters, images, statistics))
+    return head(parameters, features(parameters, images, statistics, how), how)
 
 
-def features(parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None) -> Tensor:
+def features(
+    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None, how: Products = USUAL
+) -> Tensor:
     """What the last layer sees of images; ``head`` makes logits of it.
 
     Args:
         parameters: as drawn by ``initialize``.
         images: as for ``forward``.
         statistics: as for ``forward``.
+        how: as for ``forward``.
 
     Returns:
         Features ``[batch, features]``.
     """
     if images.shape[-1] == network.SIDE:
-        return network.features(parameters, images, statistics)
-    return pooled.features(parameters, images, statistics)[0]
+        return network.features(parameters, images, statistics, how)
+    return pooled.features(parameters, images, statistics, how)[0]
 
 
-def batch_statistics(parameters: Parameters, images: Tensor) -> list[Statistics]:
+def batch_statistics(parameters: Parameters, images: Tensor, how: Products = USUAL) -> list[Statistics]:
     """What each block's batch normalisation sees of a batch, to be handed to ``forward`` with another.
 
     Args:
         parameters: as drawn by ``initialize``.
         images: ``[batch, channels, side, side]``, between 0 and 1.
+        how: as for ``forward``.
 
     Returns:
         The statistics of each block.
     """
     if images.shape[-1] == network.SIDE:
-        return network.batch_statistics(parameters, images)
-    return pooled.features(parameters, images)[1]
+        return network.batch_statistics(parameters, images, how)
+    return pooled.features(parameters, images, None, how)[1]

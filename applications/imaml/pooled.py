@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from applications.imaml.network import BIAS, BLOCKS, EPSILON, GAIN, Parameters, Statistics
+from applications.imaml.products import USUAL, Products
 
 FILTERS = 32
 SMALLEST = 2**BLOCKS
@@ -53,7 +54,7 @@ def initialize(ways: int, channels: int, side: int, generator: torch.Generator) 
 
 
 def features(
-    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None
+    parameters: Parameters, images: Tensor, statistics: list[Statistics] | None = None, how: Products = USUAL
 ) -> tuple[Tensor, list[Statistics]]:
     """What the last layer sees of images, and what each block's batch normalisation saw of them.
 
@@ -61,6 +62,7 @@ def features(
         parameters: as drawn by ``initialize``.
         images: ``[batch, channels, side, side]``, between 0 and 1.
         statistics: what to normalise with, one entry for each block; the batch's own without.
+        how: by PyTorch's own convolution, unless gathered windows are asked for, and in which precision.
 
     Returns:
         Features ``[batch, features]``, and the statistics used.
@@ -78,7 +80,8 @@ def features(
     x = images
     seen: list[Statistics] = []
     for block in range(BLOCKS):
-        x = F.conv2d(x, parameters[f"convolution{block}.weight"], parameters[f"convolution{block}.bias"], padding=1)
+        weight, bias = parameters[f"convolution{block}.weight"], parameters[f"convolution{block}.bias"]
+        x = _convolve(x, weight, bias, how if block else how.first())
         own = _statistics(x) if statistics is None else statistics[block]
         seen.append(own)
         factor = parameters[f"normalization{block}.scale"] * torch.rsqrt(own.variance + EPSILON)
@@ -88,6 +91,20 @@ def features(
         )
         x = F.max_pool2d(x, 2)
     return x.flatten(1), seen
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, how: Products) -> Tensor:
+    own = _by_windows if how.convolution == "windows" else _as_it_is
+    return own(*how.operands(x, weight, bias)).to(x.dtype)
+
+
+def _as_it_is(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def _by_windows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    product = weight.flatten(1) @ F.unfold(x, 3, padding=1)
+    return (product + bias[:, None]).unflatten(-1, x.shape[-2:])
 
 
 def _statistics(x: Tensor) -> Statistics:

@@ -13,16 +13,18 @@ import torch
 
 from applications.datasets import ClassImages
 from applications.imaml import checkpoint
-from applications.imaml.algorithms import initial_strengths, meta_loss
+from applications.imaml.algorithms import initial_strengths
+from applications.imaml.captured import CapturedStep, CudaGraph, check_capturable
 from applications.imaml.checkpoint import Checkpoint, CheckpointError
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import SplitName, Tasks, TaskSampler, check_ways, generator_for, load_splits
+from applications.imaml.episodes import SplitName, TaskSampler, check_ways, generator_for, load_splits
 from applications.imaml.evaluate import accuracies
 from applications.imaml.events import Events, check_importable
 from applications.imaml.figures import draw_curve
 from applications.imaml.interruptions import interruptions
-from applications.imaml.metrics import Meter, MetricsFile, read_metrics
+from applications.imaml.meta_step import MetaStep
+from applications.imaml.metrics import MetricsFile, read_metrics
 from applications.imaml.networks import Parameters, initialize
 from applications.imaml.processes import Processes
 from applications.imaml.progress import Display, announced
@@ -133,21 +135,20 @@ class _Run:
 
     def __init__(self, config: Config, out: Path, processes: Processes, *, resume: bool, tensorboard: bool) -> None:
         self._config, self._out, self._processes = config, out, processes
-        self._device = processes.alike(lambda: use(config))
+        self._device = processes.alike(self._place)
         splits = processes.alike(self._splits)
-        self._train_generator = generator_for(config.seed, "training tasks", self._device)
-        self._sampler = TaskSampler(
-            splits["train"], config.ways, config.shots, config.queries, self._train_generator, config.query_sets
-        )
+        generator = generator_for(config.seed, "training tasks", self._device)
+        sampler = TaskSampler(splits["train"], config.ways, config.shots, config.queries, generator, config.query_sets)
         self._validation_images = splits.get("validation")
         *_, channels, _, side = splits["train"].images.shape
         self._source, self._image = splits["train"].source, (channels, side)
         network = initialize(config.ways, channels, side, generator_for(config.seed, "initialisation"))
         drawn = network | initial_strengths(network, config)
         self.theta: Parameters = {name: value.to(self._device).requires_grad_() for name, value in drawn.items()}
-        self._optimizer = torch.optim.Adam(self.theta.values(), lr=config.meta_lr)
-        self._meta_loss = meta_loss(config)
-        self._meter = Meter(self._device)
+        # With or without a graph, so that both round alike.
+        capturable = self._device.type == "cuda" or config.graph
+        self._meta_step = MetaStep(self.theta, sampler, config, processes, capturable=capturable)
+        self._take = CapturedStep(self._meta_step, CudaGraph(self._device)) if config.graph else self._meta_step
         self.meta_step = 0
         self._trained_seconds = 0.0
         self._row_seconds = 0.0
@@ -169,6 +170,11 @@ class _Run:
         since = f", from meta-step {self.meta_step}" if self.meta_step else ""
         return f"{count:,} parameters on {self._device}{since}"
 
+    def _place(self) -> torch.device:
+        device = use(self._config)
+        check_capturable(self._config, device, self._processes)
+        return device
+
     def _splits(self) -> dict[SplitName, ClassImages]:
         splits = load_splits(self._config, self._device)
         check_ways(splits, self._config.ways)
@@ -185,16 +191,8 @@ class _Run:
 
     def step(self) -> None:
         """Take one meta-step, without waiting for the device."""
-        share = self._processes.share(self._config.tasks)
-        tasks = Tasks(*(part[share] for part in self._sampler.sample(self._config.tasks)))
-        outcome = self._meta_loss(self.theta, tasks)
-        self._optimizer.zero_grad()
-        outcome.loss.backward()
-        self._processes.average_gradients(self.theta.values())
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._meta_lr()
-        self._optimizer.step()
-        self._meter.add(outcome)
+        self._meta_step.set_rate(self._meta_lr())
+        self._take()
         self.meta_step += 1
 
     def _meta_lr(self) -> float:
@@ -207,8 +205,9 @@ class _Run:
     def record(self) -> dict[str, float]:
         """Write a row of metrics."""
         config = self._config
-        self._processes.average(self._meter.sums)
-        row: dict[str, float] = {"meta_step": self.meta_step, **self._meter.take(config.log_every)}
+        meter = self._meta_step.meter
+        self._processes.average(meter.sums)
+        row: dict[str, float] = {"meta_step": self.meta_step, **meter.take(config.log_every)}
         told = f"the query loss is {row['query_loss']} in the {config.log_every} meta-steps before {self.meta_step}"
         self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told))
         self._tick()
@@ -231,18 +230,13 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        tensors = {f"theta.{name}": value for name, value in self.theta.items()}
-        # Adam has no state before its first step.
-        state = self._optimizer.state_dict()["state"]
-        for index, name in enumerate(self.theta):
-            tensors |= {f"adam.{name}.{key}": value for key, value in state.get(index, {}).items()}
-        finite = all(bool(value.isfinite().all()) for value in tensors.values())
+        tensors = self._meta_step.tensors()
+        # Sums of what an algorithm doesn't have are NaN.
+        finite = all(bool(value.isfinite().all()) for name, value in tensors.items() if name != "meter")
         told = f"the parameters are no longer finite at meta-step {self.meta_step}"
         self._processes.from_first(lambda: _check(finite, told))
         # Every process goes on from the mean, as one that is resumed from here does.
-        self._processes.average(self._meter.sums)
-        # Not checked: sums of what an algorithm doesn't have are NaN.
-        tensors |= {"training_tasks": self._train_generator.get_state(), "meter": self._meter.sums}
+        self._processes.average(self._meta_step.meter.sums)
         if self._best is not None:
             tensors |= {f"best.{name}": value for name, value in self._best.theta.items()}
         self._processes.from_first(
@@ -280,21 +274,7 @@ class _Run:
                 f"the run draws its tasks on {numbers['device']}, and {self._device.type} would draw others; continue "
                 f"it with --device {numbers['device']}, or start a run in a new folder."
             )
-        with torch.no_grad():
-            for name, value in self.theta.items():
-                value.copy_(tensors[f"theta.{name}"])
-        if numbers["meta_step"]:
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            # A parameter that cancels, as a bias before a normalisation does, may have had no gradient and so no state.
-            state = {
-                index: {key: tensors[f"adam.{name}.{key}"] for key in keys}
-                for index, name in enumerate(self.theta)
-                if f"adam.{name}.step" in tensors
-            }
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._train_generator.set_state(tensors["training_tasks"])
-        self._meter.sums.copy_(tensors["meter"])
+        self._meta_step.restore(tensors)
         self.meta_step = numbers["meta_step"]
         self._trained_seconds, self._row_seconds = numbers["trained_seconds"], numbers["row_seconds"]
         if best := numbers.get("best"):

@@ -95,7 +95,8 @@ class TorchOptimizer(Solver[_State]):
         x = state.x.clone()
         running = self.terminate(problem, state) == RUNNING
         for index, (parameter, optimizer) in state.runs.lanes.items():
-            if bool(running[index].any()):
+            # Without a tolerance nothing is looked at, not even whether all lanes of an optimizer are broken.
+            if not self.looks or bool(running[index].any()):
                 own = lane_of(problem, index) if index else problem
                 x[index] = _advance(own, parameter, optimizer, (state.x[index], objective[index], F[index]))
         if state.progress is None:

@@ -1,5 +1,7 @@
 """Settings that cannot be are refused with what was passed, why it cannot be, and what to pass."""
 
+import json
+
 import pytest
 
 from applications.imaml.config import Config, ConfigError
@@ -16,6 +18,8 @@ def test_settings_are_read_back_as_they_were_saved(tmp_path):
     [
         ({"data": "mnist"}, "data='mnist' is not known; pass one of glyphs, omniglot, mini-imagenet, folder"),
         ({"algorithm": "sgd"}, "algorithm='sgd' is not known; pass one of imaml, maml, anil, fomaml, reptile"),
+        ({"precision": "fp16"}, "precision='fp16' is not known; pass one of float32, tf32, bf16"),
+        ({"convolution": "fft"}, "convolution='fft' is not known; pass one of auto, windows, grouped"),
         ({"ways": 1}, "ways=1 cannot be; pass an integer of at least 2"),
         ({"tasks": 0}, "tasks=0 cannot be; pass an integer of at least 1"),
         ({"tasks": 2.0}, "tasks=2.0 cannot be; pass an integer"),
@@ -67,9 +71,26 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         Config(**settings)
 
 
+def test_a_setting_that_was_not_there_yet_has_its_default(tmp_path):
+    path = tmp_path / "config.json"
+    settings = Config(lam=0.25, ways=7)
+    settings.save(path)
+    values = json.loads(path.read_text())
+    for name in ("graph", "precision", "convolution"):
+        del values[name]
+    path.write_text(json.dumps(values))
+    assert Config.load(path) == settings
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "differs in list"), ('{"ways": 5}', "differs in .*'lam'")],
+    [
+        (None, "does not exist"),
+        ("{", "is not JSON"),
+        ("[]", r"\(it has list\)"),
+        ('{"ways": 5, "lambda": 0.1}', r"does not hold the settings of this version \(it has \['lambda'\]\)"),
+        ('{"ways": 1}', "ways=1 cannot be"),
+    ],
 )
 def test_settings_that_cannot_be_read_are_refused(tmp_path, text, message):
     path = tmp_path / "config.json"

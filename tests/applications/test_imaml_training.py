@@ -57,6 +57,7 @@ def test_a_run_leaves_settings_metrics_curve_and_one_checkpoint(whole):
         {"algorithm": "reptile", "lam": 0.0, "inner": "torch.RMSprop"},
         {"learn_lam": "layer", "inner": "adam"},
         {"algorithm": "anil", "learn_lam": "scalar"},
+        {"precision": "bf16", "convolution": "grouped"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )

@@ -18,6 +18,7 @@ from applications.imaml.algorithms.strength import network_of, strengths
 from applications.imaml.config import TORCH, Config
 from applications.imaml.episodes import Tasks
 from applications.imaml.networks import HEAD, Parameters
+from applications.imaml.products import Products
 
 __all__ = ["adapt"]
 
@@ -43,9 +44,10 @@ def adapt(
         The solution; its value is the task's parameters, all of them.
     """
     anchor = network_of(theta)
-    objective, seen, unknown = _SUPPORT_LOSS, task.support_images, tuple(anchor)
+    how = Products.of(config)
+    objective, seen, unknown = _support_loss(how), task.support_images, tuple(anchor)
     if config.algorithm == "anil":
-        objective, seen, unknown = _HEAD_LOSS, networks.features(anchor, task.support_images), HEAD
+        objective, seen, unknown = _head_loss(how), networks.features(anchor, task.support_images, None, how), HEAD
     solution = il.argmin(
         objective,
         _chosen(anchor if start is None else start, unknown),
@@ -65,21 +67,17 @@ def _chosen(parameters: Parameters, names: Iterable[str]) -> Parameters:
     return {name: parameters[name] for name in names}
 
 
-def _logits(phi: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-    return networks.forward(phi, images)
+# Declared in two parts, which is what Gauss-Newton curvature is made from.
+def _support_loss(how: Products) -> il.Composite:
+    return il.Composite(lambda phi, images, labels: networks.forward(phi, images, None, how), _mean_cross_entropy)
 
 
-def _logits_of_features(phi: Parameters, features: Tensor, labels: Tensor) -> Tensor:
-    return networks.head(phi, features)
+def _head_loss(how: Products) -> il.Composite:
+    return il.Composite(lambda phi, features, labels: networks.head(phi, features, how), _mean_cross_entropy)
 
 
 def _mean_cross_entropy(logits: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
-
-
-# Declared in two parts, which is what Gauss-Newton curvature is made from.
-_SUPPORT_LOSS = il.Composite(_logits, _mean_cross_entropy)
-_HEAD_LOSS = il.Composite(_logits_of_features, _mean_cross_entropy)
 
 
 def _solver(config: Config) -> il.Solver[Any]:

@@ -15,6 +15,7 @@ from applications.imaml import networks
 from applications.imaml.config import BatchNorm, Config
 from applications.imaml.episodes import Tasks
 from applications.imaml.networks import Parameters
+from applications.imaml.products import USUAL, Products
 
 __all__ = ["Judged", "MetaLoss", "Outcome", "accuracy", "judged", "over_tasks", "query_logits"]
 
@@ -91,7 +92,7 @@ def judged(solution: il.Solution, phi: Parameters, task: Tasks, config: Config, 
     Returns:
         Its part of the outcome.
     """
-    logits = query_logits(phi, task, config.batch_norm, config.query_sets)
+    logits = query_logits(phi, task, config.batch_norm, config.query_sets, Products.of(config))
     query_loss = F.cross_entropy(logits, task.query_labels)
     # The record needs how the solve went, not what it found; and vmap lets only tensors out, so no None either.
     stats = replace(
@@ -106,7 +107,9 @@ def judged(solution: il.Solution, phi: Parameters, task: Tasks, config: Config, 
     )
 
 
-def query_logits(phi: Parameters, task: Tasks, batch_norm: BatchNorm, query_sets: int = 1) -> Tensor:
+def query_logits(
+    phi: Parameters, task: Tasks, batch_norm: BatchNorm, query_sets: int = 1, how: Products = USUAL
+) -> Tensor:
     """Classify the query images of one task with its adapted parameters.
 
     Args:
@@ -116,13 +119,14 @@ def query_logits(phi: Parameters, task: Tasks, batch_norm: BatchNorm, query_sets
             of one set together, "support" for those of the support images, so that each query image is classified on
             its own.
         query_sets: how many sets the query images are made of.
+        how: the network's products are computed.
 
     Returns:
         Logits ``[query_sets * ways * queries, ways]``.
     """
-    statistics = networks.batch_statistics(phi, task.support_images) if batch_norm == "support" else None
+    statistics = networks.batch_statistics(phi, task.support_images, how) if batch_norm == "support" else None
     sets = task.query_images.unflatten(0, (query_sets, -1))
-    return torch.vmap(lambda images: networks.forward(phi, images, statistics))(sets).flatten(0, 1)
+    return torch.vmap(lambda images: networks.forward(phi, images, statistics, how))(sets).flatten(0, 1)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
