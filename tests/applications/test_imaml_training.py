@@ -100,7 +100,9 @@ def test_killed_then_interrupted_then_finished_is_as_if_nothing_had_happened(tmp
 
     process = spawn("train", "--out", folder, "--resume", "--checkpoint-every", "100000")
     # The first row behind the checkpoint, so that there is something to lose.
-    assert process.stdout.readline().startswith(f"{killed_at + 2 - killed_at % 2}/")
+    announced, row = process.stdout.readline(), process.stdout.readline()
+    assert f", from meta-step {killed_at}" in announced
+    assert row.startswith(f"{killed_at + 2 - killed_at % 2}/")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
