@@ -15,7 +15,7 @@ from tests.testing.library_layers import Check
 FIRST, MOST = 8, 250
 """Examples of a layer's first batch, and of its largest: each repeats the simplest ones, so they grow."""
 
-EACH = 32
+EACH = 16
 """Examples that every layer gets before any gets more."""
 
 
