@@ -188,20 +188,18 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm(a: Tensor) -> Tensor:
-    """Euclidean norm per lane that neither overflows nor underflows: the largest entry is divided out first.
+    """Euclidean norm per lane that neither overflows nor underflows.
 
     Its derivative is a/‖a‖, and 0 at 0, where there is none.
     """
-    # What is divided out is multiplied back, so that no derivative passes through it.
-    largest = a.detach().abs().amax(-1)
+    if a.dtype != torch.float64 and a.device.type != "mps":
+        # The square of any shorter number is a float64; MPS has none.
+        return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).to(a.dtype)
+    # The largest entry is divided out, and multiplied back, so that no derivative passes through it.
+    largest = torch.linalg.vector_norm(a.detach(), torch.inf, dim=-1)
     # Division multiplies by the reciprocal, which is infinite for subnormal numbers.
-    safe = torch.where(torch.isfinite(largest), largest.clamp_min(torch.finfo(a.dtype).tiny), torch.ones_like(largest))
-    scaled = a / safe.unsqueeze(-1)
-    squares = dot(scaled, scaled)
-    # The derivative of sqrt is infinite at 0, and NaN after the chain rule.
-    positive = squares > 0
-    root = torch.where(positive, torch.where(positive, squares, torch.ones_like(squares)).sqrt(), squares)
-    return root.to(a.dtype) * safe
+    safe = torch.where(torch.isfinite(largest), largest.clamp_min(torch.finfo(a.dtype).tiny), 1.0)
+    return torch.linalg.vector_norm(a / safe.unsqueeze(-1), dim=-1) * safe
 
 
 def not_finite(*quantities: Tensor) -> Tensor:
