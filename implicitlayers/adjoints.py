@@ -127,7 +127,8 @@ class Unrolled(Adjoint):
 
     Choose it for a derivative of the path itself (MAML), as an oracle, or where the solution is far from stationary.
     Memory grows with the recorded steps T, with `checkpoint` only as √T, for the time of taking the steps twice. ``x0``
-    gets a gradient unless the recording is truncated.
+    gets a gradient unless the recording is truncated. A linear system within a step, that of Newton's direction, is
+    differentiated as if it had been solved: with a few steps of CG for it the result is not the path's derivative.
 
     Args:
         last: record only this many steps at the end; None for all.
