@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from implicitlayers.testing.quotients import NEGLIGIBLE, Oracle, Quotients, Vector, contract, filled, quotients, stack
+from implicitlayers.testing.quotients import Oracle, Quotients, Vector, contract, filled, negligible, quotients, stack
 from implicitlayers.testing.report import DUAL, MAP, TAPE, Comparison, judge
 from implicitlayers.testing.subject import Subject
-from implicitlayers.testing.vectors import flat, generator, largest, normal_like
+from implicitlayers.testing.vectors import flat, generator, largest, normal_like, resolution
 
 __all__ = ["Comparing", "Mode"]
 
@@ -67,6 +67,11 @@ class Comparing:
         return self.subject.leaves
 
     @functools.cached_property
+    def eps(self) -> float:
+        """The coarsest machine epsilon of what goes in and comes out."""
+        return resolution([*self.x, *self.subject.here.leaves])
+
+    @functools.cached_property
     def v(self) -> Vector:
         """A random cotangent of the layer's outputs."""
         return normal_like(self.subject.here.leaves, generator(self.seed + 1))
@@ -111,7 +116,7 @@ class Comparing:
 
         def of_steps(ratio: float) -> Quotients:
             together = many if self.mapping and ratio == FIRST else None
-            return quotients(moved, together, [leaves[i]], [d.to(leaves[i])], weights, ratio, self.tol)
+            return quotients(moved, together, [leaves[i]], [d.to(leaves[i])], weights, ratio, self.tol, self.eps)
 
         return functools.cache(of_steps)
 
@@ -220,13 +225,21 @@ class Comparing:
         if order == 2:
             twice = "reverse over reverse through vmap"
             together[twice] = (lambda: filled(subject.vmapped_reverse_twice(x, v, w), x), second, subject.names)
+        # A derivative is of the size of a value over that of the inputs, unless what it is made of cancels.
+        natural = largest([value.nan_to_num() for value in subject.here.leaves])
         for what, (vmapped, alone, names) in together.items():
-            yield self.against_loop(what, vmapped, alone, names)
+            yield self.against_loop(what, vmapped, alone, names, natural)
+            natural /= max(largest(self.x), 2.0**-7)
 
     def against_loop(
-        self, what: str, vmapped: Callable[[], Sequence[Tensor]], alone: Callable[[int], Vector], names: list[str]
+        self,
+        what: str,
+        vmapped: Callable[[], Sequence[Tensor]],
+        alone: Callable[[int], Vector],
+        names: list[str],
+        natural: float,
     ) -> Comparison:
-        """Compare tensors ``[lanes, ...]`` with those of each lane alone."""
+        """Compare tensors ``[lanes, ...]`` with those of each lane alone; `natural` is the size of such numbers."""
         try:
             expected = stack([alone(k) for k in range(len(self.subject.lanes[0]))])
         except Exception as error:  # As in `settle`: the loop needs the tape.
@@ -235,7 +248,7 @@ class Comparing:
         shapes = [lane.shape for tensor in expected for lane in tensor]
         where = [f" in lane {k} of {name}" for name in names for k in range(len(self.subject.lanes[0]))]
         scale = flat(sizes)
-        scale = scale.clamp_min(NEGLIGIBLE * float(scale.max()))
+        scale = scale.clamp_min(negligible(self.eps, self.tol) * max(float(scale.max()), natural))
         truth = flat(expected)
         oracle = Quotients(truth, torch.zeros_like(truth), scale, 0.0)
         entry = functools.partial(named, where, shapes)

@@ -11,11 +11,20 @@ from torch import Tensor
 from implicitlayers.testing.finite_difference import differentiate, reach
 from implicitlayers.testing.vectors import Floating, flat, largest
 
-__all__ = ["NEGLIGIBLE", "Oracle", "Quotients", "Vector", "contract", "filled", "quotients", "stack"]
+__all__ = ["Oracle", "Quotients", "Vector", "contract", "filled", "negligible", "quotients", "stack"]
 
 NEGLIGIBLE = 1e-3
 """A derivative so much smaller than the natural one is held to the absolute tolerance that goes with this size: it is
 what is left of larger numbers that cancelled."""
+
+CANCELLED = 256
+"""Units of the last place that are lost where such numbers cancel."""
+
+
+def negligible(eps: float, tol: float) -> float:
+    """The fraction of the natural size below which a derivative of this precision is negligible."""
+    return min(1.0, max(NEGLIGIBLE, CANCELLED * eps / tol))
+
 
 Vector = list[Tensor]
 
@@ -62,8 +71,12 @@ def quotients(
     weights: Vector,
     ratio: float,
     tol: float,
+    eps: float,
 ) -> Quotients:
-    """Differences of `function` at `x` along `d`, and of its contraction, a good deal finer than `tol`."""
+    """Differences of `function` at `x` along `d`, and of its contraction, a good deal finer than `tol`.
+
+    `eps` is that of the layer which is held against them.
+    """
 
     def both(leaves: Vector) -> Vector:
         values = function(leaves)
@@ -83,7 +96,7 @@ def quotients(
     summands = sum((value * w.double()).square().sum().cpu() for value, w in rows)
     assert isinstance(summands, Tensor)
     natural = largest([value.nan_to_num() for value in found.here.leaves]) / reach(x, d)
-    sizes = flat([*scale, summands.sqrt()]).clamp_min(NEGLIGIBLE * natural)
+    sizes = flat([*scale, summands.sqrt()]).clamp_min(negligible(eps, tol) * natural)
     return Quotients(flat(found.derivative), flat(found.error), sizes, natural)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import implicitlayers as il
 from implicitlayers.testing import (
     GradientMismatch,
     InconclusiveGradients,
@@ -229,3 +230,21 @@ def test_no_floor_above_the_tolerance_passes():
     assert _judge(1.0, 1.0, 1.1e-6) == "inconclusive"
     assert _judge(0.0, 0.0, 1e-9, scale=0.0) == "agree"
     assert _judge(0.0, 0.0, 1e-5, scale=0.0) == "inconclusive"
+
+
+@pytest.mark.parametrize(("error", "right"), [(2e-5, True), (1e-3, False)])
+def test_what_is_left_of_larger_numbers_in_float32_is_held_to_their_rounding(error, right):
+    class Parabola(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x * x - 2 * x + 5)
+        backward = staticmethod(lambda ctx, v: v * (2e-4 + error))
+
+    assert compare_gradients(Parabola.apply, torch.tensor(1.0001), modes=("reverse",)).agrees == right
+
+
+def test_rounding_in_place_of_a_gradient_of_zero_is_not_held_against_vmap():
+    # On its bounds the solution does not depend on q, and what the adjoint returns for it is 1e-17.
+    def bounded(q):
+        Q, eye = torch.tensor([[1.4981, 0.3736], [0.3736, 1.2802]]).double(), torch.eye(2).double()
+        return il.quadratic_program(Q, q, G=-eye, h=eye[0] / 16).value.x
+
+    assert compare_gradients(bounded, torch.tensor([3.0, 0.5]).double()).agrees
