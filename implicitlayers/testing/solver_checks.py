@@ -289,7 +289,8 @@ def check_adjoint(
 
     def examine_one(problem: Problem) -> GradientReport:
         def layer(*params: Tensor) -> Tensor:
-            return problem.solve(problem.x0, *params, solver=forward, adjoint=adjoint, on_failure="ignore").value
+            x0 = problem.x0.to(params[0])
+            return problem.solve(x0, *params, solver=forward, adjoint=adjoint, on_failure="ignore").value
 
         known = GradientReport(tuple(_known_derivatives(layer, problem, order, bound)))
         return combined([known, examine(layer, problem.params, order=order, modes=modes, tol=bound)])

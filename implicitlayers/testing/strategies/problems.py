@@ -30,6 +30,9 @@ class Problem:
         x0: a start.
         params: tensors that the answer depends on.
         solution: ``(*params) -> x``, by a formula or by a dense solve; differentiable by torch.func, twice.
+
+    What `function` and `solution` capture follows the type and device of what they are given, so that a problem in
+    float32 has a known answer in float64 as well.
     """
 
     name: str
@@ -60,7 +63,7 @@ def newton(function: Callable[..., Tensor], x0: Tensor) -> Callable[..., Tensor]
     """
 
     def solution(*params: Tensor) -> Tensor:
-        fixed, x = [p.detach() for p in params], x0
+        fixed, x = [p.detach() for p in params], x0.to(params[0])
         for at in [fixed] * 20 + [params] * 2:
             x = x - torch.linalg.solve(hessian(function)(x, *at), grad(function)(x, *at))
         return x
@@ -113,7 +116,7 @@ def strongly_convex_problems(
         return Problem(family, "argmin", _ridge(X), x0, (y, lam), _ridge_solution(X))
 
     def quartic(x: Tensor, theta: Tensor) -> Tensor:
-        return x @ A @ x / 2 + x.pow(4).sum() / 4 - theta @ x
+        return x @ A.to(x) @ x / 2 + x.pow(4).sum() / 4 - theta @ x
 
     return Problem(family, "argmin", quartic, x0, (b,), newton(quartic, x0))
 
@@ -123,21 +126,30 @@ def _quadratic(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
 
 
 def _proximal(A: Tensor, b: Tensor) -> Callable[..., Tensor]:
-    return lambda x, theta, lam: _quadratic(x, A, b) + lam * (x - theta).square().sum() / 2
+    return lambda x, theta, lam: _quadratic(x, A.to(x), b.to(x)) + lam * (x - theta).square().sum() / 2
 
 
 def _proximal_solution(A: Tensor, b: Tensor) -> Callable[..., Tensor]:
-    eye = torch.eye(len(b), dtype=b.dtype, device=b.device)
-    return lambda theta, lam: torch.linalg.solve(A + lam * eye, b + lam * theta)
+    def solution(theta: Tensor, lam: Tensor) -> Tensor:
+        return torch.linalg.solve(A.to(theta) + lam * _eye(theta), b.to(theta) + lam * theta)
+
+    return solution
+
+
+def _eye(b: Tensor) -> Tensor:
+    return torch.eye(len(b), dtype=b.dtype, device=b.device)
 
 
 def _ridge(X: Tensor) -> Callable[..., Tensor]:
-    return lambda w, y, lam: (X @ w - y).square().sum() / 2 + lam * w.square().sum() / 2
+    return lambda w, y, lam: (X.to(w) @ w - y).square().sum() / 2 + lam * w.square().sum() / 2
 
 
 def _ridge_solution(X: Tensor) -> Callable[..., Tensor]:
-    eye = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
-    return lambda y, lam: torch.linalg.solve(X.mT @ X + lam * eye, X.mT @ y)
+    def solution(y: Tensor, lam: Tensor) -> Tensor:
+        A, b = X.to(y).mT @ X.to(y), X.to(y).mT @ y
+        return torch.linalg.solve(A + lam * _eye(b), b)
+
+    return solution
 
 
 @st.composite
@@ -181,7 +193,7 @@ def _tanh(x: Tensor, M: Tensor, b: Tensor) -> Tensor:
 
 
 def _affine_point(M: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.solve(torch.eye(len(b), dtype=b.dtype, device=b.device) - M, b)
+    return torch.linalg.solve(_eye(b) - M, b)
 
 
 def _tanh_point(x0: Tensor) -> Callable[..., Tensor]:
@@ -189,7 +201,7 @@ def _tanh_point(x0: Tensor) -> Callable[..., Tensor]:
         return x - _tanh(x, M, b)
 
     def solution(*params: Tensor) -> Tensor:
-        fixed, x = [p.detach() for p in params], x0
+        fixed, x = [p.detach() for p in params], x0.to(params[0])
         for at in [fixed] * 30 + [params] * 2:
             x = x - torch.linalg.solve(jacrev(residual)(x, *at), residual(x, *at))
         return x
