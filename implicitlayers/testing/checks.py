@@ -55,7 +55,8 @@ def run_property(
     @given(strategy)
     def prop(example: Any) -> None:
         __tracebackhide__ = True
-        report = examine(example)
+        with torch.inference_mode(False):
+            report = examine(example)
         if report.verdict == "disagree":
             raise GradientMismatch(report)
         (agreed if report.agrees else silent).append(report)
