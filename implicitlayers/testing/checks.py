@@ -94,7 +94,8 @@ def check_layer(
         modes: as in `assert_gradients_match`; properties of modes that are left out are not checked.
         tol: as in `assert_gradients_match`.
         reference: as in `assert_gradients_match`.
-        batched: whether the first dimension of every input is a batch whose elements do not know of each other.
+        batched: whether the first dimension of every input is a batch whose elements do not know of each other. What
+            has no dimensions, and the parameters of a module, belong to all elements. Draw batches of two or more.
         starts: strategy for where the layer's search starts; the layer then takes it as the keyword ``x0``.
         at_tolerance: ``tolerance -> layer``: the layer, solved to a tolerance.
         max_examples: how many inputs; as many as the Hypothesis profile says by default.
@@ -106,6 +107,7 @@ def check_layer(
         GradientMismatch: with the smallest inputs at which something disagrees.
         InconclusiveGradients: most inputs said nothing.
         TypeError: `inputs` is no strategy.
+        ValueError: `batched` without "reverse" in `modes`, or with a batch of one.
 
     Examples:
         >>> from implicitlayers.testing import strategies
@@ -115,6 +117,10 @@ def check_layer(
     expect_strategy("inputs", inputs, "strategies.tensors((3,))")
     if starts is not None:
         expect_strategy("starts", starts, "strategies.tensors((3,))")
+    if batched and "reverse" not in modes:
+        raise ValueError(
+            f'batched=True compares gradients by the tape, but modes is {modes!r}; add "reverse" or leave out batched.'
+        )
 
     def examine_one(example: Any) -> GradientReport:
         arguments, begin = example if starts is not None else (example, None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitlayers.testing.quotients import contract, filled, stack
+from implicitlayers.testing.quotients import contract, filled
 from implicitlayers.testing.report import DUAL, MAP, TAPE, Comparison, judge
 from implicitlayers.testing.subject import Recorded, Subject, fresh, pulled
 from implicitlayers.testing.vectors import flat, generator, largest, normal_like, resolution
@@ -145,24 +145,34 @@ def lanes_permute(subject: Subject, tol: float, seed: int = 0) -> Iterator[Compa
 
 
 def lanes_are_independent(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
-    """A layer that takes batches returns for each element what it returns for it alone, values and gradients."""
-    x = subject.leaves
-    v = normal_like(subject.here.leaves, generator(seed + 19))
-    alone = functools.cache(
-        lambda: [Recorded.of(subject.at, [t[k : k + 1] for t in x]) for k in range(len(x[0]))]
-    )  # fmt: skip
+    """A layer that takes batches returns for each element what it returns for it alone, values and gradients.
 
-    def joined(rows: list[list[Tensor]]) -> list[Tensor]:
-        return [t.flatten(0, 1) for t in stack(rows)]
+    What all elements share, such as the parameters of a module, has the sum of their gradients.
+    """
+    size = subject.batch_size
+    if size < 2:
+        raise ValueError(
+            f"batched=True holds a batch against its elements, but the inputs have a batch of {size}; draw batches of "
+            "two or more, such as strategies.tensors((3, 2))."
+        )
+    v = normal_like(subject.here.leaves, generator(seed + 19))
+    alone = functools.cache(lambda: [subject.element(k).recorded for k in range(size)])
 
     def values() -> Comparison:
-        return equal("batch", "a loop over it", subject.here.leaves, joined([row.values for row in alone()]), tol)
+        for path, leaf in zip(subject.here.paths, subject.here.leaves, strict=True):
+            if not leaf.ndim or len(leaf) != size:
+                raise ValueError(f"output{path} {[*leaf.shape]} does not have the batch of {size} in dimension 0.")
+        columns = zip(*(row.values for row in alone()), strict=True)
+        return equal("batch", "a loop over it", subject.here.leaves, [torch.cat(column) for column in columns], tol)
 
     def gradients() -> Comparison:
         rows = [filled(row.pull([t[k : k + 1] for t in v]), row.given) for k, row in enumerate(alone())]
-        return equal(
-            "gradient of a batch", "a loop over it", filled(subject.recorded.pull(v), x), joined(rows), tol
-        )  # fmt: skip
+        expected = [
+            sum(column[1:], column[0]) if column[0].shape == leaf.shape else torch.cat(column)
+            for leaf, column in zip(subject.leaves, zip(*rows, strict=True), strict=True)
+        ]
+        found = filled(subject.recorded.pull(v), subject.leaves)
+        return equal("gradient of a batch", "a loop over it", found, expected, tol)
 
     yield attempted("batch = loop", values)
     yield attempted("gradient of a batch = loop", gradients)

@@ -165,6 +165,28 @@ class Subject:
         tree = pytree.tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, self.inputs.put(leaves))
         return Floating.of(pytree.tree_map(answer, self.function(tree), is_leaf=solved), "the layer's output")
 
+    @property
+    def batch_size(self) -> int:
+        """First dimension of the first argument that has one; 0 where none has."""
+        dimensions = (len(t) for t in pytree.tree_leaves(self.inputs.tree[2]) if isinstance(t, Tensor) and t.ndim)
+        return next(dimensions, 0)
+
+    def element(self, k: int) -> Subject:
+        """The layer at the k-th element of the batch, as a batch of one.
+
+        Every tensor of the arguments with the batch in its first dimension is cut, labels and frozen data as well; a
+        number without dimensions and the parameters belong to all elements.
+        """
+        size = self.batch_size
+        parameters, state, arguments = self.inputs.tree
+
+        def cut(t: Any) -> Any:
+            return t[k : k + 1] if isinstance(t, Tensor) and t.ndim and len(t) == size else t
+
+        tree = (parameters, state, pytree.tree_map(cut, arguments))
+        leaves = pytree.tree_leaves(tree)
+        return replace(self, inputs=replace(self.inputs, leaves=[leaves[i] for i in self.inputs.where], tree=tree))
+
     def contracted(self, v: Leaves) -> Callable[[Leaves], Tensor]:
         """⟨v, f⟩ as a function of the leaves."""
         return lambda leaves: pair(self.at(leaves), v)

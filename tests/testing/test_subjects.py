@@ -101,14 +101,14 @@ def test_inference_mode_is_switched_off():
         assert check_layer(torch.sin, strategies.tensors((2,)), max_examples=2).examples == 2
 
 
-class OnlySingle(Exception):
+class SingleOnlyError(Exception):
     """Not an error that Python has."""
 
 
 def test_any_error_in_float64_means_that_differences_are_taken_in_float32():
     def layer(x):
         if x.dtype != F32:
-            raise OnlySingle
+            raise SingleOnlyError
         return x.sin()
 
     report = assert_gradients_match(layer, vector(1.0, 2.0, dtype=F32))
