@@ -16,6 +16,7 @@ from implicitlayers.testing.gradients import MODES, compare, tolerance
 from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients, combined
 from implicitlayers.testing.strategies.tensors import expect_strategy
 from implicitlayers.testing.subject import Subject
+from implicitlayers.testing.vectors import seed_of
 
 __all__ = ["Checked", "check_layer", "examine", "run_property"]
 
@@ -87,6 +88,9 @@ def check_layer(
     the layer has what they need, a batch is a loop (`batched`), the start does not matter (`starts`), and the error
     falls with the tolerance (`at_tolerance`).
 
+    The random directions follow from the numbers drawn: they differ from example to example, and a shrunk example fails
+    again.
+
     Args:
         layer: function of tensors and trees of them, or a module.
         inputs: strategy for the inputs: a tuple for several ones, anything else for a single one.
@@ -146,24 +150,26 @@ def examine(
     reference: Callable[..., Any] | None = None,
     batched: bool = False,
 ) -> GradientReport:
-    """Gradients and properties of a layer at one point."""
-    subject = Subject.of(layer, inputs)
-    report = compare(subject, inputs, order=order, modes=modes, tol=tol, reference=reference)
+    """Gradients and properties of a layer at one point, along directions that follow from its numbers."""
+    subject, seed = Subject.of(layer, inputs), seed_of(inputs)
+    report = compare(subject, inputs, order=order, modes=modes, tol=tol, reference=reference, seed=seed)
     tol = tolerance(subject) if tol is None else tol
-    return combined([report, GradientReport(tuple(_properties(subject, order, modes, tol, batched)))])
+    return combined([report, GradientReport(tuple(_properties(subject, order, modes, tol, batched, seed)))])
 
 
-def _properties(subject: Subject, order: int, modes: Sequence[Mode], tol: float, batched: bool) -> Iterator[Comparison]:
+def _properties(
+    subject: Subject, order: int, modes: Sequence[Mode], tol: float, batched: bool, seed: int
+) -> Iterator[Comparison]:
     if "reverse" in modes:
-        yield from metamorphic.linear_in_cotangent(subject, tol)
+        yield from metamorphic.linear_in_cotangent(subject, tol, seed)
         if "forward" in modes:
-            yield from metamorphic.forward_is_reverse(subject, tol)
+            yield from metamorphic.forward_is_reverse(subject, tol, seed)
         if order == 2:
-            yield from metamorphic.second_derivative_is_symmetric(subject, tol)
+            yield from metamorphic.second_derivative_is_symmetric(subject, tol, seed)
         if batched:
-            yield from metamorphic.lanes_are_independent(subject, tol)
+            yield from metamorphic.lanes_are_independent(subject, tol, seed)
     if "vmap" in modes:
-        yield from metamorphic.lanes_permute(subject, tol)
+        yield from metamorphic.lanes_permute(subject, tol, seed)
 
 
 def _pairs(inputs: SearchStrategy[Any], starts: SearchStrategy[Tensor]) -> SearchStrategy[Any]:

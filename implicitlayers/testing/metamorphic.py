@@ -52,9 +52,10 @@ def attempted(what: str, compare: Callable[[], Comparison], without: str = "") -
 
 
 def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
-    """Jᵀ(2v - 3w) = 2 Jᵀv - 3 Jᵀw, and Jᵀ(εv) = ε Jᵀv for an ε whose square underflows.
+    """Jᵀ(2v - 3w) = 2 Jᵀv - 3 Jᵀw, Jᵀ(εv) = ε Jᵀv for an ε whose square underflows, and Jᵀv = Jᵀv when asked again.
 
-    A layer that squares a cotangent to measure it loses small ones: a gradient that is zero, or NaN.
+    A layer that squares a cotangent to measure it loses small ones: a gradient that is zero, or NaN. A backward that
+    changes what it has saved is right once.
     """
     x, out = subject.leaves, subject.here.leaves
     v, w = (normal_like(out, generator(seed + k)) for k in (11, 12))
@@ -75,7 +76,14 @@ def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator
         compared = equal(f"cotangents of size {epsilon:.0e}", "those of size 1", found, gradient(v), tol)
         return compared if compared.verdict == "agree" else replace(compared, reason=SMALL)
 
+    def again() -> Comparison:
+        fresh_graph = Recorded.of(subject.at, x)
+        once, twice = filled(fresh_graph.pull(v), x), filled(fresh_graph.pull(v), x)
+        # The graph at hand has been asked before.
+        return equal("gradient, asked again", "the first time", [*twice, *gradient(v)], [*once, *once], tol)
+
     yield attempted("linear in the cotangent", sums, TAPE)
+    yield attempted("gradient, asked again", again, TAPE)
     yield attempted("small cotangents", small, TAPE)
 
 

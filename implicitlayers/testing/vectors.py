@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Floating", "flat", "generator", "inner", "largest", "normal_like", "reached", "resolution"]
+__all__ = [
+    "Floating", "flat", "generator", "inner", "largest", "normal_like", "reached", "resolution",
+    "seed_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,12 @@ def largest(leaves: Sequence[Tensor]) -> float:
 def generator(seed: int) -> torch.Generator:
     """A source of random numbers of its own, so that no check depends on what ran before it."""
     return torch.Generator().manual_seed(seed)
+
+
+def seed_of(tree: Any) -> int:
+    """A seed that follows from the numbers of a tree, so that an example keeps its own while others come and go."""
+    numbers = [t.detach().tolist() for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    return zlib.crc32(repr(numbers).encode())
 
 
 def normal_like(leaves: Sequence[Tensor], source: torch.Generator) -> list[Tensor]:
