@@ -16,7 +16,7 @@ from implicitlayers.testing.gradients import MODES, compare, tolerance
 from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients, combined
 from implicitlayers.testing.strategies.tensors import expect_strategy
 from implicitlayers.testing.subject import Subject
-from implicitlayers.testing.vectors import seed_of
+from implicitlayers.testing.vectors import Floating, seed_of
 
 __all__ = ["Checked", "check_layer", "examine", "run_property"]
 
@@ -77,7 +77,7 @@ def check_layer(
     tol: float | None = None,
     reference: Callable[..., Any] | None = None,
     batched: bool = False,
-    starts: SearchStrategy[Tensor] | None = None,
+    starts: SearchStrategy[Any] | None = None,
     at_tolerance: Callable[[float], Callable[..., Any]] | None = None,
     max_examples: int | None = None,
 ) -> Checked:
@@ -100,8 +100,10 @@ def check_layer(
         reference: as in `assert_gradients_match`.
         batched: whether the first dimension of every input is a batch whose elements do not know of each other. What
             has no dimensions, and the parameters of a module, belong to all elements. Draw batches of two or more.
-        starts: strategy for where the layer's search starts; the layer then takes it as the keyword ``x0``.
-        at_tolerance: ``tolerance -> layer``: the layer, solved to a tolerance.
+        starts: strategy for where the layer's search starts, a tensor or a tree; the layer then takes it as the keyword
+            ``x0``.
+        at_tolerance: ``tolerance -> layer``: the layer, solved to a tolerance. Its errors are taken against `reference`
+            where that is given, otherwise against `layer`.
         max_examples: how many inputs; as many as the Hypothesis profile says by default.
 
     Returns:
@@ -129,11 +131,15 @@ def check_layer(
     def examine_one(example: Any) -> GradientReport:
         arguments, begin = example if starts is not None else (example, None)
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-        started = layer if begin is None else _from(layer, begin)
-        more = [] if begin is None else [*_starts(layer, arguments, begin, tol)]
+
+        def bound(f: Callable[..., Any]) -> Callable[..., Any]:
+            return f if starts is None else _from(f, begin)
+
+        here = bound(layer)
+        report = examine(here, arguments, order=order, modes=modes, tol=tol, reference=reference, batched=batched)
+        more = [] if starts is None else [*_starts(layer, arguments, begin, tol)]
         if at_tolerance is not None:
-            more += _tolerances(at_tolerance, arguments, tol)
-        report = examine(started, arguments, order=order, modes=modes, tol=tol, reference=reference, batched=batched)
+            more += _tolerances(lambda t: bound(at_tolerance(t)), reference or here, arguments, tol)
         return combined([report, GradientReport(tuple(more))])
 
     drawn = inputs if starts is None else _pairs(inputs, starts)
@@ -172,30 +178,33 @@ def _properties(
         yield from metamorphic.lanes_permute(subject, tol, seed)
 
 
-def _pairs(inputs: SearchStrategy[Any], starts: SearchStrategy[Tensor]) -> SearchStrategy[Any]:
+def _pairs(inputs: SearchStrategy[Any], starts: SearchStrategy[Any]) -> SearchStrategy[Any]:
     return inputs.flatmap(lambda drawn: starts.map(lambda start: (drawn, start)))
 
 
-def _from(layer: Callable[..., Any], begin: Tensor) -> Callable[..., Any]:
+def _from(layer: Callable[..., Any], begin: Any) -> Callable[..., Any]:
     return lambda *arguments: layer(*arguments, x0=begin)
 
 
-def _starts(layer: Callable[..., Any], inputs: Sequence[Any], begin: Tensor, tol: float | None) -> Iterator[Comparison]:
+def _starts(layer: Callable[..., Any], inputs: Sequence[Any], begin: Any, tol: float | None) -> Iterator[Comparison]:
     tol = tolerance(Subject.of(_from(layer, begin), inputs)) if tol is None else tol
-    other = begin + torch.ones_like(begin) / 2
-    yield from metamorphic.independent_of_start(lambda x0: Subject.of(_from(layer, x0), inputs), (begin, other), tol)
+    start = Floating.of(begin, "starts")
+    other = start.moved(0.5, [torch.ones_like(leaf) for leaf in start.leaves])
+    yield from metamorphic.independent_of_start(
+        lambda x0: Subject.of(_from(layer, x0), inputs), (begin, other), tol, seed_of(inputs)
+    )
 
 
 def _tolerances(
-    at_tolerance: Callable[[float], Callable[..., Any]], inputs: Sequence[Any], tol: float | None
+    at_tolerance: Callable[[float], Callable[..., Any]],
+    truth: Callable[..., Any],
+    inputs: Sequence[Any],
+    tol: float | None,
 ) -> list[Comparison]:
-    def subject(t: float) -> Subject:
-        return Subject.of(at_tolerance(t), inputs)
-
-    tightest = subject(1e-10)
-    tol = tolerance(tightest) if tol is None else tol
+    right = Subject.of(truth, inputs)
+    tol = tolerance(right) if tol is None else tol
 
     def value(t: float) -> Callable[[], Sequence[Tensor]]:
-        return lambda: [o.detach() for o in subject(t).at(tightest.leaves)]
+        return lambda: Subject.of(at_tolerance(t), inputs).here.leaves
 
-    return [*metamorphic.error_falls(value, (1e-2, 1e-4, 1e-6, 1e-8), value(1e-10)(), tol)]
+    return [*metamorphic.error_falls(value, (1e-2, 1e-4, 1e-6, 1e-8), right.here.leaves, tol)]

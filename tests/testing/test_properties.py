@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 
+from implicitlayers import MisuseError
 from implicitlayers.testing import GradientMismatch, check_layer, strategies
 from implicitlayers.testing.checks import examine
 from implicitlayers.testing.vectors import generator, normal_like, seed_of
@@ -70,3 +71,96 @@ def test_directions_follow_from_the_numbers(x, y):
     assert seed_of((x,)) == seed_of((x.clone(),))
     assert torch.equal(x, y) or seed_of((x,)) != seed_of((y,))
     assert examine(torch.sin, (x,), **BACKWARD) == examine(torch.sin, (x.clone(),), **BACKWARD)
+
+
+# --- the start ------------------------------------------------------------------------------------
+
+
+class Leaking(torch.autograd.Function):
+    """The sine, with a gradient in the start that a cotangent of ones does not see."""
+
+    @staticmethod
+    def forward(ctx, x, x0):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, v):
+        return v * ctx.saved_tensors[0].cos(), v - v.mean()
+
+
+def refusing(error):
+    def layer(x, x0):
+        if x0.requires_grad:
+            raise error("no gradient flows to x0")
+        return x.sin()
+
+    return layer
+
+
+def from_starts(layer, starts=VECTORS, **options):
+    return check_layer(layer, VECTORS, starts=starts, max_examples=3, **BACKWARD, **options)
+
+
+def test_a_gradient_in_the_start_that_ones_do_not_see_is_caught():
+    with pytest.raises(GradientMismatch, match="gradient in the start"):
+        from_starts(lambda x, x0: Leaking.apply(x, x0))
+
+
+def test_only_a_refusal_is_a_refusal():
+    assert from_starts(refusing(MisuseError)).examples == 3
+    with pytest.raises(GradientMismatch, match=r"gradient in the start(.|\n)*raised NameError"):
+        from_starts(refusing(NameError))
+
+
+def test_starts_may_be_trees():
+    trees = VECTORS.map(lambda t: {"x": t, "steps": torch.tensor(3)})
+    assert from_starts(lambda x, x0: x.sin() + 0 * x0["x"].detach(), trees).examples == 3
+    with pytest.raises(GradientMismatch, match="from another start"):
+        from_starts(lambda x, x0: x.sin() + 1e-3 * x0["x"].detach(), trees)
+
+
+# --- the tolerance --------------------------------------------------------------------------------
+
+
+def at_tolerances(error, layer=torch.sin, **options):
+    return check_layer(
+        layer, VECTORS, at_tolerance=lambda t: lambda x: x.sin() + error(t), max_examples=3, **BACKWARD, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (lambda t: 0.1, "against zero"),
+        (lambda t: 0.1 * max(t, 1e-3), "against zero"),
+        (lambda t: 5e-7, "It does not fall"),
+    ],
+    ids=["wrong", "right to 1e-4", "the same at all"],
+)
+def test_a_tolerance_that_does_not_lead_to_the_answer_is_caught(error, words):
+    with pytest.raises(GradientMismatch, match=words):
+        at_tolerances(error)
+
+
+def test_errors_are_taken_against_the_reference():
+    assert at_tolerances(lambda t: t, reference=torch.sin).examples == 3
+    with pytest.raises(GradientMismatch, match="error at tolerance 1e-08, against zero"):
+        at_tolerances(lambda t: t, reference=lambda x: x.sin() + 1)
+
+
+def test_what_a_layer_raises_at_a_tolerance_is_a_finding():
+    def fails(t):
+        if t > 1e-3:
+            raise RuntimeError("not so loosely")
+        return t
+
+    with pytest.raises(GradientMismatch, match=r"error at tolerance 1e-02(.|\n)*not so loosely"):
+        at_tolerances(fails)
+
+
+def test_a_layer_at_a_tolerance_starts_where_the_layer_does():
+    def layer(x, *, x0):
+        return x.sin() + 0 * x0.detach()
+
+    assert from_starts(layer, at_tolerance=lambda t: layer).examples == 3
