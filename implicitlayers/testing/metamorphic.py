@@ -225,6 +225,7 @@ def error_falls(
     """
     size = max(largest(truth), 1.0)
     floor = 1e3 * resolution(truth) * size
+    enough = max(tol * size / 10, floor)
     errors: list[float] = []
     for tolerance in tolerances:
         what, previous = f"error at tolerance {tolerance:.0e}", errors[-1] if errors else float("inf")
@@ -234,11 +235,11 @@ def error_falls(
         except Exception as error:  # Whatever a layer raises here is a finding about the layer.
             yield Comparison.raised(what, "the truth", "", error)
             return
-        verdict = "agree" if errors[-1] <= max(2 * previous, floor) else "disagree"
+        verdict = "agree" if errors[-1] <= max(2 * previous, enough) else "disagree"
         yield Comparison(what, "at the looser one", verdict, "", errors[-1], previous)
     right = errors[-1] <= max(tol * size, floor)
     reason = f"It does not fall: it was {errors[0]:.1e} at tolerance {tolerances[0]:.0e}."
-    fallen = errors[-1] <= max(errors[0] / 10, tol * size / 10, floor)
+    fallen = errors[-1] <= max(errors[0] / 10, enough)
     yield Comparison(
         f"error at tolerance {tolerances[-1]:.0e}", "zero", "agree" if right and fallen else "disagree", "largest",
         errors[-1], 0.0, floor, tol * size, reason="" if fallen else reason,
