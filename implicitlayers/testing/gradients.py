@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicitlayers.testing.compare import Comparing, Mode
-from implicitlayers.testing.report import GradientMismatch, GradientReport, InconclusiveGradients
+from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients
 from implicitlayers.testing.subject import Subject
 
-__all__ = ["MODES", "assert_gradients_match", "compare_gradients", "tolerance"]
+__all__ = ["MODES", "assert_gradients_match", "compare_gradients", "expect_tolerance", "tolerance"]
 
 MODES: tuple[Mode, ...] = ("reverse", "forward", "vmap")
 
@@ -60,6 +60,7 @@ def assert_gradients_match(
         GradientMismatch: a derivative disagrees. An AssertionError whose message names the worst entry.
         InconclusiveGradients: none disagrees, but some could not be told from wrong ones. Also an AssertionError.
         TypeError: there is nothing to differentiate, or with respect to nothing.
+        ValueError: `tol` is not positive and finite.
 
     Examples:
         >>> report = assert_gradients_match(torch.linalg.inv, torch.tensor([[2.0, 1.0], [0.0, 3.0]]).double())
@@ -106,9 +107,19 @@ def compare(
         raise TypeError(f'modes is {modes!r}; pass a tuple of "reverse", "forward", "vmap".')
     if order not in (1, 2):
         raise TypeError(f"order is {order!r}; pass 1, or 2 to check second derivatives as well.")
-    tol = tolerance(subject) if tol is None else tol
+    tol = tolerance(subject) if tol is None else expect_tolerance(tol)
+    if not all(sum(t.numel() for t in leaves) for leaves in (subject.leaves, subject.here.leaves)):
+        nothing = "Nothing to compare: there is no number in what goes in, or none in what comes out."
+        return GradientReport((Comparison("all derivatives", "nothing", "agree", reason=nothing),))
     oracle = _reference(subject) if reference is None else _given(reference, subject, inputs)
     return GradientReport(Comparing(subject, oracle, tol, seed).run(modes, order))
+
+
+def expect_tolerance(tol: float | None) -> float | None:
+    """Raise a ValueError for a tolerance that nothing meets, or everything; None stands for the default."""
+    if tol is not None and not 0 < tol < float("inf"):
+        raise ValueError(f"tol is {tol!r}, but relative tolerances are positive and finite; pass 1e-6 or so.")
+    return tol
 
 
 def tolerance(subject: Subject) -> float:

@@ -40,6 +40,8 @@ def equal(
     sizes = [torch.full_like(e.double(), largest([e.nan_to_num()]) if scale is None else scale) for e in expected]
     sizes = [size.clamp_min(ROUNDING) for size in sizes]
     a, b, s = flat(found), flat(expected), flat(sizes)
+    if not len(b) and not len(a):
+        return Comparison(what, oracle, "agree", "nothing to compare")
     verdict, k = judge(a, b, torch.zeros_like(b), scale=s, natural=0.0, tol=tol)
     return Comparison(what, oracle, verdict, f"entry {k}", float(a[k]), float(b[k]), 0.0, tol * float(s[k]))
 
