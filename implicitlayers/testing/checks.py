@@ -12,7 +12,7 @@ from torch import Tensor
 
 from implicitlayers.testing import metamorphic
 from implicitlayers.testing.compare import Mode
-from implicitlayers.testing.gradients import MODES, compare, tolerance
+from implicitlayers.testing.gradients import MODES, compare, expect_tolerance, tolerance
 from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients, combined
 from implicitlayers.testing.strategies.tensors import expect_strategy
 from implicitlayers.testing.subject import Subject
@@ -43,10 +43,12 @@ def run_property(
         InconclusiveGradients: most examples said nothing.
     """
     __tracebackhide__ = True
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples is {max_examples!r}, which checks nothing; pass 1 or more, or None.")
     agreed, silent = [], []
 
     @settings(
-        max_examples=max_examples or settings.default.max_examples,  # type: ignore[union-attr]
+        max_examples=settings.default.max_examples if max_examples is None else max_examples,  # type: ignore[union-attr]
         deadline=None,
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
@@ -113,13 +115,15 @@ def check_layer(
         GradientMismatch: with the smallest inputs at which something disagrees.
         InconclusiveGradients: most inputs said nothing.
         TypeError: `inputs` is no strategy.
-        ValueError: `batched` without "reverse" in `modes`, or with a batch of one.
+        ValueError: `batched` without "reverse" in `modes`, or with a batch of one; `tol` is not positive and finite, or
+            `max_examples` below one.
 
     Examples:
         >>> from implicitlayers.testing import strategies
         >>> check_layer(torch.linalg.inv, strategies.matrices(), max_examples=5)
         Checked(examples=5, inconclusive=0)
     """
+    expect_tolerance(tol)
     expect_strategy("inputs", inputs, "strategies.tensors((3,))")
     if starts is not None:
         expect_strategy("starts", starts, "strategies.tensors((3,))")

@@ -13,11 +13,12 @@ from torch import Tensor
 import implicitlayers as il
 from implicitlayers.testing import strategies
 from implicitlayers.testing.checks import Checked, run_property
-from implicitlayers.testing.gradients import TOLERANCES
+from implicitlayers.testing.gradients import TOLERANCES, expect_tolerance
 from implicitlayers.testing.metamorphic import attempted, equal, tiny_factor
 from implicitlayers.testing.quotients import contract
 from implicitlayers.testing.report import Comparison, GradientReport
 from implicitlayers.testing.solver_checks import altered, claim, expect
+from implicitlayers.testing.strategies.tensors import expect_strategy
 
 __all__ = ["check_linear_solver"]
 
@@ -60,10 +61,12 @@ def check_linear_solver(
         Checked(examples=5, inconclusive=0)
     """
     expect("solver", solver, il.LinearSolver)
+    expect_tolerance(tol)
     if matrices is None:
         matrices = strategies.spd_matrices(dtype=dtype)
         if not solver.requires_symmetric:
             matrices = matrices | strategies.matrices(dtype=dtype)
+    expect_strategy("matrices", matrices, "strategies.spd_matrices()")
     rtol = getattr(solver, "rtol", None) or 0.0
     bound = max(TOLERANCES[dtype], 1e3 * rtol) if tol is None else tol
     systems = matrices.flatmap(lambda A: st.tuples(st.just(A), strategies.tensors((3, len(A)), dtype=dtype)))

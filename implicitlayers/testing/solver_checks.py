@@ -15,10 +15,11 @@ import implicitlayers as il
 from implicitlayers.testing import strategies
 from implicitlayers.testing.checks import Checked, examine, run_property
 from implicitlayers.testing.compare import Mode
-from implicitlayers.testing.gradients import MODES, TOLERANCES
+from implicitlayers.testing.gradients import MODES, TOLERANCES, expect_tolerance
 from implicitlayers.testing.metamorphic import attempted, equal, error_falls
 from implicitlayers.testing.report import Comparison, GradientReport, combined
 from implicitlayers.testing.strategies import Problem
+from implicitlayers.testing.strategies.tensors import expect_strategy
 from implicitlayers.testing.vectors import generator, normal_like
 
 __all__ = ["altered", "check_adjoint", "check_solver", "claim", "expect"]
@@ -77,8 +78,10 @@ def check_solver(
         Checked(examples=5, inconclusive=0)
     """
     expect("solver", solver, il.Solver)
+    expect_tolerance(tol)
     if problems is None:
         problems = strategies.strongly_convex_problems(dtype=dtype)
+    expect_strategy("problems", problems, "strategies.contractions()")
     tol = max(TOLERANCES[dtype], 1e3 * (solver.rtol or 0.0)) if tol is None else tol
     return run_property(problems, lambda p: GradientReport(tuple(_solver_claims(solver, p, tol))), max_examples)
 
@@ -163,10 +166,12 @@ def check_adjoint(
         Checked(examples=3, inconclusive=0)
     """
     expect("adjoint", adjoint, il.Adjoint)
+    expect_tolerance(tol)
     rtol = 1e-13 if dtype == F64 else 1e-6
     forward = il.Newton(il.Dense(), rtol=rtol, atol=rtol) if solver is None else solver
     if problems is None:
         problems = strategies.strongly_convex_problems(dtype=dtype)
+    expect_strategy("problems", problems, "strategies.contractions()")
     bound = TOLERANCES[dtype] if tol is None else tol
 
     def examine_one(problem: Problem) -> GradientReport:

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev
 
 import implicitlayers as il
-from implicitlayers.testing.strategies.tensors import Device, eighths, expect_strategy, matrices, spd_matrices, tensors
+from implicitlayers.testing.strategies.tensors import (
+    Device,
+    eighths,
+    expect_strategy,
+    matrices,
+    sizes,
+    spd_matrices,
+    tensors,
+)
 
 __all__ = ["Example", "Problem", "contractions", "layers", "strongly_convex_problems"]
 
@@ -100,7 +108,7 @@ def strongly_convex_problems(
         True
     """
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    n = draw(st.integers(1, max_size))
+    n = draw(sizes("n", None, max_size))
     A = draw(spd_matrices(n, condition, **options))
     b, x0 = draw(tensors((n,), **options)), draw(tensors((n,), **options))
     lam = draw(tensors((), elements=eighths(0.125, 2.0), **options))
@@ -179,7 +187,9 @@ def contractions(
         True
     """
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    n = draw(st.integers(1, max_size))
+    if not 0 < rate < 1:
+        raise ValueError(f"rate is {rate!r}, but a contraction shrinks distances; pass a number between 0 and 1.")
+    n = draw(sizes("n", None, max_size))
     M = draw(matrices(n, 4.0, **options))
     M = rate * M / torch.linalg.matrix_norm(M, 2)
     b, x0 = draw(tensors((n,), **options)), draw(tensors((n,), **options))
