@@ -143,7 +143,7 @@ def check_layer(
         report = examine(here, arguments, order=order, modes=modes, tol=tol, reference=reference, batched=batched)
         more = [] if starts is None else [*_starts(layer, arguments, begin, tol)]
         if at_tolerance is not None:
-            more += _tolerances(lambda t: bound(at_tolerance(t)), reference or here, arguments, tol)
+            more += _tolerances(at_tolerance, bound, reference or here, arguments, tol)
         return combined([report, GradientReport(tuple(more))])
 
     drawn = inputs if starts is None else _pairs(inputs, starts)
@@ -201,6 +201,7 @@ def _starts(layer: Callable[..., Any], inputs: Sequence[Any], begin: Any, tol: f
 
 def _tolerances(
     at_tolerance: Callable[[float], Callable[..., Any]],
+    bound: Callable[[Callable[..., Any]], Callable[..., Any]],
     truth: Callable[..., Any],
     inputs: Sequence[Any],
     tol: float | None,
@@ -209,6 +210,6 @@ def _tolerances(
     tol = tolerance(right) if tol is None else tol
 
     def value(t: float) -> Callable[[], Sequence[Tensor]]:
-        return lambda: Subject.of(at_tolerance(t), inputs).here.leaves
+        return lambda: Subject.of(bound(at_tolerance(t)), inputs).here.leaves
 
     return [*metamorphic.error_falls(value, (1e-2, 1e-4, 1e-6, 1e-8), right.here.leaves, tol)]

@@ -107,7 +107,8 @@ def compare(
         raise TypeError(f'modes is {modes!r}; pass a tuple of "reverse", "forward", "vmap".')
     if order not in (1, 2):
         raise TypeError(f"order is {order!r}; pass 1, or 2 to check second derivatives as well.")
-    tol = tolerance(subject) if tol is None else expect_tolerance(tol)
+    expect_tolerance(tol)
+    tol = tolerance(subject) if tol is None else tol
     if not all(sum(t.numel() for t in leaves) for leaves in (subject.leaves, subject.here.leaves)):
         nothing = "Nothing to compare: there is no number in what goes in, or none in what comes out."
         return GradientReport((Comparison("all derivatives", "nothing", "agree", reason=nothing),))
@@ -115,11 +116,10 @@ def compare(
     return GradientReport(Comparing(subject, oracle, tol, seed).run(modes, order))
 
 
-def expect_tolerance(tol: float | None) -> float | None:
+def expect_tolerance(tol: float | None) -> None:
     """Raise a ValueError for a tolerance that nothing meets, or everything; None stands for the default."""
     if tol is not None and not 0 < tol < float("inf"):
         raise ValueError(f"tol is {tol!r}, but relative tolerances are positive and finite; pass 1e-6 or so.")
-    return tol
 
 
 def tolerance(subject: Subject) -> float:

@@ -1,5 +1,7 @@
 """`check_layer(batched=True)`: what belongs to an element of a batch, and what to all of them."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -10,7 +12,7 @@ from implicitlayers.testing import GradientMismatch, check_layer, strategies
 
 F64 = torch.float64
 BATCHES = strategies.tensors((3, 2))
-OPTIONS = {"modes": ("reverse",), "batched": True, "max_examples": 3}
+OPTIONS: dict[str, Any] = {"modes": ("reverse",), "batched": True, "max_examples": 3}
 
 
 def test_integer_labels_are_cut_with_their_elements():

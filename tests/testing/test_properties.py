@@ -1,5 +1,7 @@
 """What `check_layer` asks of every layer beside its derivatives: planted violations of each property."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -11,7 +13,7 @@ from implicitlayers.testing.vectors import generator, normal_like, seed_of
 
 F64 = torch.float64
 VECTORS = strategies.tensors((2,))
-BACKWARD = {"modes": ("reverse",)}
+BACKWARD: dict[str, Any] = {"modes": ("reverse",)}
 
 
 # --- the cotangent --------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What may be a layer: how it is called, what it may do to its inputs, and what it may return."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ import implicitlayers as il
 from implicitlayers.testing import assert_gradients_match, check_layer, compare_gradients, strategies
 
 F32, F64 = torch.float32, torch.float64
-BACKWARD = {"modes": ("reverse",)}
+BACKWARD: dict[str, Any] = {"modes": ("reverse",)}
 
 
 def vector(*numbers, dtype=F64):
