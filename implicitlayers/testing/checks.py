@@ -15,7 +15,7 @@ from implicitlayers.testing.compare import Mode
 from implicitlayers.testing.gradients import MODES, compare, expect_tolerance, tolerance
 from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients, combined
 from implicitlayers.testing.strategies.tensors import expect_strategy
-from implicitlayers.testing.subject import Subject
+from implicitlayers.testing.subject import Subject, copied
 from implicitlayers.testing.vectors import Floating, seed_of
 
 __all__ = ["Checked", "check_layer", "examine", "run_property"]
@@ -187,7 +187,8 @@ def _pairs(inputs: SearchStrategy[Any], starts: SearchStrategy[Any]) -> SearchSt
 
 
 def _from(layer: Callable[..., Any], begin: Any) -> Callable[..., Any]:
-    return lambda *arguments: layer(*arguments, x0=begin)
+    # A search may well move on from its start in place.
+    return lambda *arguments: layer(*arguments, x0=copied(begin))
 
 
 def _starts(layer: Callable[..., Any], inputs: Sequence[Any], begin: Any, tol: float | None) -> Iterator[Comparison]:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from implicitlayers.status import Solution
 from implicitlayers.testing.vectors import Floating
 
-__all__ = ["Recorded", "Subject"]
+__all__ = ["Recorded", "Subject", "copied"]
 
 LANES = (1.0, 1.0 + 1 / 32)
 """What the inputs are multiplied by to make lanes of them: positive definite, sparse or symmetric stays what it is."""
@@ -162,8 +162,8 @@ class Subject:
 
     def evaluated(self, leaves: Leaves) -> Floating:
         """The output as it comes. A layer that changes what it is given changes copies."""
-        tree = pytree.tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, self.inputs.put(leaves))
-        return Floating.of(pytree.tree_map(answer, self.function(tree), is_leaf=solved), "the layer's output")
+        out = self.function(copied(self.inputs.put(leaves)))
+        return Floating.of(pytree.tree_map(answer, out, is_leaf=solved), "the layer's output")
 
     @property
     def batch_size(self) -> int:
@@ -264,6 +264,11 @@ def fresh(leaf: Tensor) -> Tensor:
 def own(t: Tensor) -> Tensor:
     """A copy with an entry of its own for every index: an expanded tensor has fewer, and cannot be changed in place."""
     return t.clone(memory_format=torch.contiguous_format) if t.layout == torch.strided else t.clone()
+
+
+def copied(tree: Any) -> Any:
+    """The tree with copies of its tensors, of which gradients still reach the originals."""
+    return pytree.tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, tree)
 
 
 def solved(node: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -120,6 +121,15 @@ def test_starts_may_be_trees():
     assert from_starts(lambda x, x0: x.sin() + 0 * x0["x"].detach(), trees).examples == 3
     with pytest.raises(GradientMismatch, match="from another start"):
         from_starts(lambda x, x0: x.sin() + 1e-3 * x0["x"].detach(), trees)
+
+
+def test_a_search_may_move_on_from_its_start_in_place():
+    def layer(x, x0):
+        return x0.detach().mul_(0).add_(x.detach().sin()) + x.sin() - x.detach().sin()
+
+    begun = torch.ones(2, dtype=F64)
+    assert from_starts(layer, st.just(begun)).examples == 3
+    assert begun.tolist() == [1.0, 1.0]
 
 
 # --- the tolerance --------------------------------------------------------------------------------
