@@ -19,7 +19,14 @@ from applications.imaml.algorithms import accuracy, adapt, learnt_strengths, que
 from applications.imaml.checkpoint import CheckpointName, write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import SplitName, Tasks, TaskSampler, generator_for, load_splits
+from applications.imaml.episodes import (
+    SplitName,
+    Tasks,
+    TaskSampler,
+    check_same_data,
+    generator_for,
+    load_splits,
+)
 from applications.imaml.networks import Parameters
 from applications.imaml.processes import Processes
 from applications.imaml.products import Products
@@ -237,7 +244,7 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
         The evaluation.
 
     Raises:
-        CheckpointError: if there is no checkpoint to read.
+        CheckpointError: if there is no checkpoint to read, or the data are not those of the run.
         ConfigError: if the run's split has no classes for this.
         OSError: if the dataset cannot be read.
         ValueError: if it is damaged, or too small for these tasks.
@@ -245,6 +252,7 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
     device = use(replace(config, precision="float32"))
     network = load_network(folder, device, protocol.checkpoint)
     splits = load_splits(config, device)
+    check_same_data(network.data, splits)
     if protocol.split not in splits:
         raise ConfigError(
             f"split={protocol.split!r} has no classes, since the run's split, {config.split or 'its own'}, has none "

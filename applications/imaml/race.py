@@ -18,7 +18,7 @@ from applications.imaml import checkpoint
 from applications.imaml.checkpoint import write_atomically
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import TaskSampler, generator_for, load_splits
+from applications.imaml.episodes import TaskSampler, check_same_data, generator_for, load_splits
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.exactness import Exactness, exactness
 from applications.imaml.metrics import read_metrics
@@ -191,11 +191,12 @@ def _exactness(config: Config, folder: Path) -> Exactness:
         if saved.pop("meta_step") == config.meta_steps:
             return Exactness(**saved)
     device = use(config)
-    splits = load_splits(config, device)
+    splits, network = load_splits(config, device), load_network(folder, device)
+    check_same_data(network.data, splits)
     images = splits.get("validation", splits["train"])
     generator = generator_for(0, "exactness tasks", device)
     tasks = TaskSampler(images, config.ways, config.shots, config.queries, generator, config.query_sets)
-    found = exactness(load_network(folder, device).theta, tasks.sample(_EXACTNESS_TASKS), config)
+    found = exactness(network.theta, tasks.sample(_EXACTNESS_TASKS), config)
     content = {"meta_step": config.meta_steps, **found._asdict()}
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
     return found

@@ -18,7 +18,15 @@ from applications.imaml.captured import CapturedStep, CudaGraph, check_capturabl
 from applications.imaml.checkpoint import Checkpoint, CheckpointError
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import SplitName, TaskSampler, check_ways, generator_for, load_splits
+from applications.imaml.episodes import (
+    SplitName,
+    TaskSampler,
+    check_same_data,
+    check_ways,
+    generator_for,
+    identity_of,
+    load_splits,
+)
 from applications.imaml.evaluate import accuracies
 from applications.imaml.events import Events, check_importable
 from applications.imaml.figures import draw_curve
@@ -79,7 +87,7 @@ def train(
         RunError: if the folder holds a run already and isn't to be resumed, or cannot be written; if the loss is no
             longer finite, in which case the last checkpoint is from before; if TensorBoard is asked for and missing;
             if another process has ended; or as FirstFailedError in place of what the first process raises.
-        CheckpointError: if a checkpoint cannot be read or written.
+        CheckpointError: if a checkpoint cannot be read or written, or was made with other data.
         ConfigError: if the processes cannot share the tasks.
         OSError: if the dataset cannot be read or the metrics not be written.
         ValueError: if the dataset is damaged or too small for these tasks.
@@ -141,7 +149,7 @@ class _Run:
         sampler = TaskSampler(splits["train"], config.ways, config.shots, config.queries, generator, config.query_sets)
         self._validation_images = splits.get("validation")
         *_, channels, _, side = splits["train"].images.shape
-        self._source, self._image = splits["train"].source, (channels, side)
+        self._source, self._image, self._data = splits["train"].source, (channels, side), identity_of(splits)
         network = initialize(config.ways, channels, side, generator_for(config.seed, "initialisation"))
         drawn = network | initial_strengths(network, config)
         self.theta: Parameters = {name: value.to(self._device).requires_grad_() for name, value in drawn.items()}
@@ -159,6 +167,7 @@ class _Run:
         self._events: Events | None = None
         saved = processes.from_first(lambda: self._open(resume))
         if saved is not None:
+            check_same_data(saved.numbers.get("data"), splits)
             self._restore(saved)
         if tensorboard and processes.is_first:
             self._events = Events(out / EVENTS, self.meta_step)
@@ -249,6 +258,7 @@ class _Run:
         return {
             "meta_step": self.meta_step,
             "image": self._image,
+            "data": self._data,
             "device": self._device.type,
             "best": None if best is None else {"meta_step": best.meta_step, "accuracy": best.accuracy},
             "metrics_bytes": 0 if self._metrics is None else self._metrics.size,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,12 +14,14 @@ from applications.imaml.networks import Parameters
 
 
 class Network(NamedTuple):
-    """A trained network: its meta-parameters, the meta-steps that led to them, and the images that it takes."""
+    """A trained network: its meta-parameters, the meta-steps that led to them, the images that it takes, and what tells
+    the data that it was trained on from others, if it is known."""
 
     theta: Parameters
     meta_step: int
     channels: int
     side: int
+    data: Mapping[str, Any] | None = None
 
 
 def load_network(folder: Path, device: torch.device, which: CheckpointName = "last") -> Network:
@@ -49,4 +52,4 @@ def load_network(folder: Path, device: torch.device, which: CheckpointName = "la
     theta = {name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
     # Runs that don't say were made when all images were characters.
     channels, side = numbers.get("image", (1, 28))
-    return Network(theta, meta_step, channels, side)
+    return Network(theta, meta_step, channels, side, numbers.get("data"))
