@@ -37,7 +37,7 @@ from applications.imaml.paper.commands import figures, paper_command
 from applications.imaml.processes import joined
 from applications.imaml.race import PICTURE, Race, race
 from applications.imaml.race import TABLE as RACE_TABLE
-from applications.imaml.run_folder import CONFIG, CURVE, METRICS
+from applications.imaml.run_folder import CONFIG, CURVE, METRICS, check_report
 from applications.imaml.train import Limits, train
 from applications.imaml.variants import VARIANTS, Subject
 from applications.imaml.words import counted
@@ -172,8 +172,9 @@ def evaluate_command(
         )
         saved = Config.load(run / CONFIG)
         config = replace(saved, root=root or saved.root, device=device, threads=threads)
-        evaluation = evaluate(config, run, protocol)
         path = run / REPORT if report is None else report
+        check_report(path)
+        evaluation = evaluate(config, run, protocol)
         evaluation.save(path)
         typer.echo(str(evaluation))
         typer.echo(f"{path}, {path.with_suffix('.csv')}")

@@ -14,8 +14,7 @@ from applications.imaml.networks import Parameters
 
 
 class Network(NamedTuple):
-    """A trained network: its meta-parameters, the meta-steps that led to them, the images that it takes, and what tells
-    the data that it was trained on from others, if it is known."""
+    """A trained network: its meta-parameters, the meta-steps that led to them, its images, and its data if known."""
 
     theta: Parameters
     meta_step: int

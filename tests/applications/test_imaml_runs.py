@@ -239,3 +239,30 @@ def test_missing_tensorboard_is_told_before_training(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"cannot be imported .*pip install tensorboard, or leave --tensorboard out"):
         train.train(SHORT, tmp_path / "run", Limits(quiet=True, tensorboard=True))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("metrics.json", "would be written to metrics.csv, which is a file that a run keeps"),
+        ("config.json", "would be written to config.json, which"),
+        ("own.csv", "is no JSON by its name"),
+        ("nowhere/own.json", "cannot be written"),
+        ("taken.json", "cannot be written"),
+    ],
+)
+def test_a_report_that_would_do_harm_or_cannot_be_is_refused_before_measuring(
+    validated, tmp_path, monkeypatch, name, message
+):
+    folder, _ = validated
+    (tmp_path / "taken.csv").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+
+    def refuse(*_):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(command, "evaluate", refuse)
+    refused = run_command("evaluate", folder, "--report", tmp_path / name)
+    assert refused.exit_code == 1
+    assert f"error: --report {tmp_path / name} {message}" in refused.stderr
+    assert {path.name for path in tmp_path.iterdir()} == before
