@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,13 @@ from applications.imaml.device import use
 from applications.imaml.episodes import TaskSampler, check_same_data, generator_for, load_splits
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.exactness import Exactness, exactness
+from applications.imaml.idle import idle
 from applications.imaml.metrics import read_metrics
 from applications.imaml.race_picture import Curve, draw_race
 from applications.imaml.run_folder import CONFIG, METRICS, RunError
 from applications.imaml.train import Limits, train
 from applications.imaml.trained import load_network
-from applications.imaml.variants import VARIANTS, Subject
+from applications.imaml.variants import NOTES, VARIANTS, Subject
 from applications.imaml.words import counted
 
 TABLE, PICTURE = "race.md", "race.png"
@@ -77,8 +78,12 @@ class Race:
     def cells(self) -> Iterator[tuple[str, Config]]:
         """Name of the variant and settings of every cell; a seed at a time, so that what is there compares."""
         for seed in range(self.seeds):
-            for name in self.names:
-                yield name, replace(self.base, seed=seed, **VARIANTS[self.subject][name])
+            for name, config in self.runners().items():
+                yield name, replace(config, seed=seed)
+
+    def runners(self) -> dict[str, Config]:
+        """Settings of every variant, seed aside, by its name."""
+        return {name: replace(self.base, **VARIANTS[self.subject][name]) for name in self.names}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,7 +137,7 @@ def race(plan: Race, out: Path, tell: Callable[[str], None], *, quiet: bool = Fa
         if result is None:
             return False
         results.append(result)
-        draw_race([(each.variant, each.curve) for each in results], _title(config, results), out / PICTURE)
+        draw_race([(each.variant, each.curve) for each in results], _title(plan, results), out / PICTURE)
         write_atomically(out / TABLE, table(plan, results).encode())
         tell(f"{folder}: {_percent(result.accuracy)} ± {_percent(result.interval)} % after {result.meta_steps}")
     return True
@@ -219,14 +224,36 @@ def _curve(metrics: dict[str, list[float]], config: Config) -> Curve:
     )
 
 
-def _title(config: Config, results: Sequence[Result]) -> str:
-    source = next((result.source for result in results if result.source), config.data)
-    steps, cg_steps = counted(config.inner_steps, "step"), counted(config.cg_steps, "CG step")
-    # Where a variant says otherwise, it is for itself.
-    return (
-        f"{source}, {config.ways}-way {config.shots}-shot; lam {config.lam:g}, {steps} of {config.inner} "
-        f"(lr {config.inner_lr:g}), {cg_steps}"
-    )
+def _title(plan: Race, results: Sequence[Result]) -> str:
+    """What all runners share."""
+    runners = list(plan.runners().values())
+    one = runners[0]
+
+    def shared(*names: str) -> bool:
+        return all(getattr(runner, name) == getattr(one, name) for runner in runners for name in names)
+
+    source = next((result.source for result in results if result.source), one.data)
+    told = [f"lam {one.lam:g}"] if shared("lam") else []
+    if shared("inner", "inner_steps"):
+        rate = f" (lr {one.inner_lr:g})" if shared("inner_lr") and "inner_lr" not in idle(one) else ""
+        told.append(f"{counted(one.inner_steps, 'step')} of {one.inner}{rate}")
+    if shared("cg_steps"):
+        told.append(counted(one.cg_steps, "CG step"))
+    return f"{source}, {one.ways}-way {one.shots}-shot" + (f"; {', '.join(told)}" if told else "")
+
+
+def _settings(plan: Race) -> list[str]:
+    """A line a runner: the options of ``train`` in which the runners differ and which it uses."""
+    runners = plan.runners()
+    names = [entry.name for entry in fields(Config)]
+    differing = [name for name in names if len({getattr(runner, name) for runner in runners.values()}) > 1]
+    lines = []
+    for runner, config in runners.items():
+        unused = idle(config)
+        options = (f"--{name.replace('_', '-')} {getattr(config, name)}" for name in differing if name not in unused)
+        note = NOTES.get((plan.subject, runner))
+        lines.append(f"- {runner}: `{' '.join(options)}`" + (f"; {note}" if note else ""))
+    return ["", *lines] if differing else []
 
 
 def table(plan: Race, results: Sequence[Result]) -> str:
@@ -237,14 +264,14 @@ def table(plan: Race, results: Sequence[Result]) -> str:
         results: what came out so far, at least one.
 
     Returns:
-        The table and its legend: means over seeds, and every seed in parentheses.
+        The table, what its runners are trained with, and its legend: means over seeds, and every seed in parentheses.
     """
     # What the fastest took for all meta-steps, so that everyone had as much.
     whole = [result for result in results if result.meta_steps == plan.base.meta_steps]
     budget = min((result.curve.seconds[-1] for result in whole), default=math.nan)
     measured_on = results[0].curve.measured_on
     lines = [
-        f"{_title(plan.base, results)}; {counted(plan.base.tasks, 'task')} a meta-step, {plan.test_tasks} test tasks, "
+        f"{_title(plan, results)}; {counted(plan.base.tasks, 'task')} a meta-step, {plan.test_tasks} test tasks, "
         f"threads: {plan.base.threads or 'as PyTorch chooses'}.",
         "",
         f"| {plan.subject} | meta-steps | seconds | test accuracy, % | on {measured_on} after {_seconds(budget)} s, % "
@@ -271,7 +298,7 @@ def table(plan: Race, results: Sequence[Result]) -> str:
         "A dash stands where there is no number: the run broke down before it, was not validated yet, or has no such "
         "thing."
     )
-    return "\n".join([*lines, "", legend]) + "\n"
+    return "\n".join([*lines, *_settings(plan), "", legend]) + "\n"
 
 
 def _mean(values: Sequence[float], told: Callable[[float], str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-__all__ = ["VARIANTS", "Subject"]
+__all__ = ["NOTES", "VARIANTS", "Subject"]
 
 Subject = Literal["curvature", "inner"]
 
@@ -20,7 +20,8 @@ _CURVATURES = {
     "first-order": {"algorithm": "fomaml"},
 }
 
-# From the fastest to the one that solves its inner problem best; "paper" has the paper's strength, steps and step size.
+# From the fastest to the one that solves its inner problem best. "paper" has the paper's strength, steps and step size,
+# but the curvature that all have, which is not the paper's.
 _INNER = {
     "descent-5": {},
     "descent-16": {"lam": 0.5, "inner_lr": 0.1, "inner_steps": 16, "cg_steps": 5},
@@ -35,3 +36,8 @@ VARIANTS: Mapping[Subject, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 )
 """Settings by subject and name: "curvature", how the meta-gradient's linear system is made and solved; "inner", how
 strong the pull is and how well the inner problem is solved."""
+
+NOTES: Mapping[tuple[Subject, str], str] = MappingProxyType(
+    {("inner", "paper"): "the paper's strength, steps and step size, with the curvature of the others"}
+)
+"""What settings alone do not say of a variant, by its subject and name."""

@@ -142,7 +142,44 @@ def test_table_compares_after_the_meta_steps_and_after_the_time_that_all_had():
         == "| gauss-newton | 4 | 36.0 (40.0, 32.0) | 61.0 (60.0, 62.0) | 37.5 (30.0, 45.0)" + 4 * " | — (—, —)" + " |"
     )
     assert rows[3] == "| first-order | 4, 3 | 11.0 (20.0, 2.0) | — (70.0, —) | — (40.0, —)" + 4 * " | — (—, —)" + " |"
-    assert (rows[4], "in parentheses each of them" in rows[5], "A dash stands where" in rows[5]) == ("", True, True)
+    assert rows[4:8] == [
+        "",
+        "- gauss-newton: `--algorithm imaml`",
+        "- first-order: `--algorithm fomaml`",
+        "",
+    ]
+    assert ("in parentheses each of them" in rows[8], "A dash stands where" in rows[8]) == (True, True)
+
+
+def test_title_and_table_tell_what_runners_share_and_what_they_do_not():
+    def told(**settings):
+        plan = Race(**({"base": BASE, "subject": "inner"} | settings))
+        nothing = Curve([], [], [], "unseen validation classes")
+        lines = table(plan, [Result(plan.names[0], nothing, 0, "", math.nan, math.nan)]).splitlines()
+        return lines[0].partition("; 2 tasks")[0], [line for line in lines if line.startswith("- ")]
+
+    title, settings = told()
+    assert title == "glyphs, 3-way 1-shot"
+    assert "- lbfgs-10-strong: `--inner lbfgs --lam 0.5 --inner-steps 10 --cg-steps 5`" in settings
+    assert settings[2] == (
+        "- paper: `--inner gradient --lam 2.0 --inner-lr 0.1 --inner-steps 16 --cg-steps 5`; the paper's strength, "
+        "steps and step size, with the curvature of the others"
+    )
+    assert told(variants=("lbfgs-10",)) == ("glyphs, 3-way 1-shot; lam 0.1, 10 steps of lbfgs, 5 CG steps", [])
+    assert told(variants=("descent-5",))[0] == "glyphs, 3-way 1-shot; lam 0.1, 1 step of gradient (lr 0.4), 1 CG step"
+    pair = told(variants=("lbfgs-10-strong", "lbfgs-20"), base=BASE)
+    assert pair == (
+        "glyphs, 3-way 1-shot; lam 0.5, 5 CG steps",
+        ["- lbfgs-10-strong: `--inner-steps 10`", "- lbfgs-20: `--inner-steps 20`"],
+    )
+
+
+def test_the_title_of_the_picture_is_not_that_of_one_runner(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(racing, "draw_race", lambda curves, title, path: titles.append(title))
+    variants = ("descent-5", "lbfgs-10")
+    run(Race(BASE, "inner", variants, seeds=1, test_tasks=2), tmp_path)
+    assert titles == ["glyphs, 3-way 1-shot; lam 0.1"] * 2
 
 
 def test_command_tells_where_it_left_what(tmp_path):
