@@ -124,6 +124,25 @@ def test_folder_of_another_run_is_refused_before_training(tmp_path, monkeypatch,
     assert fill(elsewhere, tmp_path, told.append)[0]
 
 
+def test_what_earlier_calls_have_measured_stays_in_the_table(tmp_path, monkeypatch, told):
+    other = replace(REQUEST, cells=("5way-1shot-imaml-gd",))
+    fill(replace(REQUEST, seeds=2), tmp_path, told.append)
+    first = json.loads((tmp_path / "omniglot.json").read_text())["cells"][0]
+    fill(other, tmp_path, told.append)
+    cells = json.loads((tmp_path / "omniglot.json").read_text())["cells"]
+    assert [cell["row"] for cell in cells] == ["iMAML, gradient descent", "first-order"]
+    assert cells[1] == first
+    # Nor are seeds beyond those that are asked for now dropped.
+    with monkeypatch.context() as patch:
+        forbid(patch, "train", "evaluate")
+        _, text, _ = fill(REQUEST, tmp_path, told.append)
+    assert json.loads((tmp_path / "omniglot.json").read_text())["cells"] == cells
+    assert "| iMAML, gradient descent: ours | —" not in text
+    # Measured in another way, it is not of this table.
+    _, text, _ = fill(replace(other, protocol=Protocol(tasks=4)), tmp_path, told.append)
+    assert "first-order" not in text
+
+
 def test_damaged_record_is_refused(tmp_path, told):
     fill(REQUEST, tmp_path, told.append)
     (tmp_path / REQUEST.cells[0] / "seed-0" / table.DONE).write_text("{}")
