@@ -229,7 +229,7 @@ def race_command(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="folder of the race; an unfinished one goes on")],
     of: Annotated[
-        Subject, typer.Option("--of", help="what the runners differ in: the linear system, or the inner problem")
+        Subject, typer.Option("--of", help="what the runners differ in: the linear system, the inner problem, or all")
     ] = Race.subject,
     variant: Annotated[
         list[str] | None, typer.Option(help=f"{_RUNNERS}; several times for several; all by default")
@@ -248,6 +248,9 @@ def race_command(
     validation_tasks: Annotated[int, _option("validation_tasks")] = Config.validation_tasks,
     device: Annotated[str, _option("device")] = Config.device,
     threads: Annotated[int, _option("threads")] = Config.threads,
+    tight: Annotated[
+        bool, typer.Option(help="compare the last meta-gradient with a tight reference: half a minute a run")
+    ] = Race.tight,
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
 ) -> None:
     """Compare meta-gradients by what they learn in equal meta-steps and in equal time: a table and a picture."""
@@ -259,7 +262,7 @@ def race_command(
         )  # fmt: skip
         with explained(context, tasks="test_tasks"):
             protocol = Protocol(tasks=test_tasks)
-        plan = Race(base, of, tuple(variant or ()), seeds, protocol.tasks)
+        plan = Race(base, of, tuple(variant or ()), seeds, protocol.tasks, tight)
         done = race(plan, out, typer.echo, quiet=quiet)
         typer.echo(f"{'done' if done else 'stopped (the same command goes on)'}: {out / RACE_TABLE}, {out / PICTURE}")
 
