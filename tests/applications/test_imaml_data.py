@@ -42,9 +42,9 @@ def test_class_folders_are_trained_and_tested_on(tree, tmp_path):
     assert trained.exit_code == 0, trained.stderr
     evaluated = run("evaluate", out, "--tasks", "3")
     assert evaluated.exit_code == 0, evaluated.stderr
-    assert evaluated.stdout.startswith("letters 2-way 1-shot")
+    assert evaluated.stdout.startswith("letters 2-way 1-shot, 1 query image a class | test, 3 classes of split files,")
     row = json.loads((out / "evaluation.json").read_text())["row"]
-    expected = {"data": "folder", "source": "letters", "partition": "own", "split": "test, 3 classes"}
+    expected = {"data": "folder", "source": "letters", "partition": "files", "split": "test, 3 classes"}
     assert row | expected == row
     two = {f"{name}/{k}.png": picture("PNG", 10 * (ord(name) - 96) + k, 30) for name in "hi" for k in range(2)}
     write_folder(tmp_path / "two", two)
