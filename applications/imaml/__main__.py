@@ -33,6 +33,7 @@ from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.explained import explained
 from applications.imaml.fewshot import Learner
+from applications.imaml.idle import refuse_idle
 from applications.imaml.paper.commands import figures, paper_command
 from applications.imaml.processes import joined
 from applications.imaml.race import PICTURE, Race, race
@@ -121,6 +122,7 @@ def train_command(
             given["queries"] = shots if queries is None else queries
             given["lam"] = usual_lam(algorithm) if lam is None else lam
             config = processes.from_first(lambda: Config(**given))
+            processes.from_first(lambda: refuse_idle([config], _typed(context)))
         limits = processes.from_first(lambda: Limits(time_limit, quiet, tensorboard))
         processes.alike(lambda: processes.check(config))
         if download:
@@ -172,6 +174,7 @@ def evaluate_command(
         )
         saved = Config.load(run / CONFIG)
         config = replace(saved, root=root or saved.root, device=device, threads=threads)
+        refuse_idle([config], _typed(context))
         path = run / REPORT if report is None else report
         check_report(path)
         evaluation = evaluate(config, run, protocol)
@@ -263,6 +266,7 @@ def race_command(
         with explained(context, tasks="test_tasks"):
             protocol = Protocol(tasks=test_tasks)
         plan = Race(base, of, tuple(variant or ()), seeds, protocol.tasks, tight)
+        refuse_idle(plan.runners().values(), _typed(context))
         done = race(plan, out, typer.echo, quiet=quiet)
         typer.echo(f"{'done' if done else 'stopped (the same command goes on)'}: {out / RACE_TABLE}, {out / PICTURE}")
 
@@ -280,11 +284,8 @@ def _fetch(config: Config) -> None:
 
 def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Config:
     """The settings of a saved run, with those changed that were given and may be."""
-    typed = {}
-    for name, value in given.items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and value != getattr(saved, name):
-            typed[name] = value
+    there = _typed(context)
+    typed = {name: value for name, value in given.items() if name in there and value != getattr(saved, name)}
     # The cosine reaches zero at the last meta-step, so another last meta-step would be another schedule.
     fixed = {"meta_steps"} if saved.schedule == "cosine" else set()
     for name, value in typed.items():
@@ -293,7 +294,15 @@ def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Co
                 f"{name}={value!r} differs from the run's {getattr(saved, name)!r}, and a resumed run goes on as it "
                 f"began; leave the option out, or start a run in a new folder."
             )
-    return replace(saved, **typed)
+    config = replace(saved, **typed)
+    refuse_idle([config], typed)
+    return config
+
+
+def _typed(context: typer.Context) -> list[str]:
+    """Names of the settings that were given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 if __name__ == "__main__":
