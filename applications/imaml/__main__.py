@@ -12,7 +12,7 @@ import typer
 from applications.datasets.download import download as fetch
 from applications.datasets.omniglot import MINIMAL
 from applications.imaml.answer_sheet import draw_answers
-from applications.imaml.answers import SHEET, TABLE, answer
+from applications.imaml.answers import SHEET, TABLE, answer, check_outside
 from applications.imaml.checkpoint import CheckpointName
 from applications.imaml.config import (
     AlgorithmName,
@@ -202,6 +202,7 @@ def adapt_command(
     """Learn classes of your own from a few images of each, and classify others: a table and a picture."""
     with explained(context):
         folder = out or run
+        check_outside(folder, support, query)
         learner = Learner.load(
             run, device=device, inner_steps=inner_steps, batch_norm=batch_norm, checkpoint=checkpoint
         )
@@ -210,6 +211,15 @@ def adapt_command(
         answers.save(folder / TABLE)
         draw_answers(answers, folder / SHEET)
         typer.echo(f"{answers}; {folder / TABLE}, {folder / SHEET}")
+        if answers.ignored:
+            typer.echo(f"{counted(answers.ignored, 'file')} ignored, hidden or not .png, .jpg, .bmp or .webp", err=True)
+        if learner.config.batch_norm == "transductive" and len(answers.query_names) < len(answers.classes):
+            asked = counted(len(answers.query_names), "query image")
+            typer.echo(
+                f"warning: {asked} normalised by statistics of their own, which misleads where not all classes are "
+                f"among them; --batch-norm support judges each by itself",
+                err=True,
+            )
 
 
 @app.command("demo")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from applications.imaml import checkpoint
 from applications.imaml.checkpoint import CheckpointError, CheckpointName
+from applications.imaml.config import ConfigError
 from applications.imaml.networks import Parameters
 
 
@@ -37,7 +38,10 @@ def load_network(folder: Path, device: torch.device, which: CheckpointName = "la
 
     Raises:
         CheckpointError: if there is no checkpoint to read, or no best network in it.
+        ConfigError: if it is neither.
     """
+    if which not in get_args(CheckpointName):
+        raise ConfigError(f"checkpoint={which!r} is not known; pass one of {', '.join(get_args(CheckpointName))}.")
     tensors, numbers = checkpoint.load(folder)
     prefix, meta_step = "theta.", numbers["meta_step"]
     if which == "best":
