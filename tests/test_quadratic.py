@@ -245,6 +245,7 @@ def test_qpth_agrees():
     assert_near(il.quadratic_program(Q, q, A, b, G, h).value.x, theirs, 1e-7)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:cvxpylayers")
 def test_cvxpylayers_agrees():
     cp = pytest.importorskip("cvxpy", reason="cvxpy is not installed")
     layers = pytest.importorskip("cvxpylayers.torch", reason="cvxpylayers is not installed")
@@ -253,7 +254,7 @@ def test_cvxpylayers_agrees():
     problem = cp.Problem(cp.Minimize(cp.sum_squares(root @ x) / 2 + q @ x), [A @ x == b, G @ x <= h])
     theirs = layers.CvxpyLayer(problem, [root, q, h], [x])
     tensors = [PROGRAM[1].clone().requires_grad_(), PROGRAM[5].clone().requires_grad_()]
-    (value,) = theirs(torch.linalg.cholesky(PROGRAM[0]).mT, *tensors)
+    (value,) = theirs(torch.linalg.cholesky(PROGRAM[0]).mT, *tensors, solver_args={"eps": 1e-12})
     ours = il.quadratic_program(PROGRAM[0], tensors[0], *PROGRAM[2:5], tensors[1]).value.x
     assert_near(ours, value, 1e-5)
     for mine, expected in zip(

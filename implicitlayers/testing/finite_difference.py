@@ -115,11 +115,12 @@ def differentiate(
     ratio: float,
     enough: float,
     vectorized: Callable[[Any], Any] | None,
+    near: float = 1.0,
 ) -> Quotient:
-    """`finite_difference` of what is taken apart already, with the value."""
+    """`finite_difference` of what is taken apart already, with the value; steps are `near` times as long."""
     with torch.no_grad():
         here = Floating.of(f(point.tree), "f(x)")
-        line = _Line(f, vectorized, point, arrow, here)
+        line = _Line(f, vectorized, point, arrow, here, near)
         derivative, error = _differentiate(line, ratio, enough)
 
     def like_here(vector: Tensor) -> list[Tensor]:
@@ -149,12 +150,13 @@ class _Line:
         point: Floating,
         arrow: list[Tensor],
         here: Floating,
+        near: float,
     ) -> None:
         self.f, self.vectorized, self.point, self.arrow = f, vectorized, point, arrow
         self.center = flat(here.leaves)
         self.shapes = [leaf.shape for leaf in here.leaves]
         self.eps = max(resolution(here.leaves), resolution(point.leaves))
-        self.unit = reach(point.leaves, arrow)
+        self.unit = near * reach(point.leaves, arrow)
         self.known = {0.0: self.center}
 
     def __call__(self, ts: Sequence[float]) -> Tensor:

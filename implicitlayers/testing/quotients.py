@@ -11,7 +11,18 @@ from torch import Tensor
 from implicitlayers.testing.finite_difference import differentiate, reach
 from implicitlayers.testing.vectors import Floating, flat, largest
 
-__all__ = ["Oracle", "Quotients", "Vector", "contract", "filled", "negligible", "quotients", "stack"]
+__all__ = [
+    "Oracle",
+    "Quotients",
+    "Setting",
+    "Vector",
+    "contract",
+    "contractions",
+    "filled",
+    "negligible",
+    "quotients",
+    "stack",
+]
 
 NEGLIGIBLE = 1e-3
 """A derivative so much smaller than the natural one is held to the absolute tolerance that goes with this size: it is
@@ -30,7 +41,7 @@ Vector = list[Tensor]
 
 
 class Quotients(NamedTuple):
-    """Difference quotients of some tensors and, last, of their contraction with weights.
+    """Difference quotients of some tensors, of each one's contraction with weights, and last of the sum of these.
 
     Attributes:
         expected: ``[m]`` numbers.
@@ -49,18 +60,43 @@ class Quotients(NamedTuple):
         """Some of the numbers."""
         return Quotients(self.expected[which], self.floor[which], self.scale[which], self.natural)
 
+    def blurred(self, error: float) -> Quotients:
+        """The same for a layer that is itself only good to so much."""
+        return self._replace(floor=self.floor + error)
 
-Oracle = Callable[[float], Quotients]
-"""Quotients with steps of a given ratio."""
+
+Oracle = Callable[[tuple[float, float]], Quotients]
+"""Quotients with steps of a given ratio, and the largest of them relative to the inputs."""
 
 
 def contract(values: Sequence[Tensor | None], weights: Vector, lanes: int) -> Tensor:
     """⟨values, weights⟩ in each lane ``[lanes]``, in float64; what is None counts as zero."""
-    total = torch.zeros(lanes, dtype=torch.float64)
-    for value, weight in zip(values, weights, strict=True):
-        if value is not None:
-            total = total + (value.detach().double() * weight.double()).reshape(lanes, -1).sum(1).cpu()
-    return total
+    return contractions(values, weights, lanes).sum(1)
+
+
+def contractions(values: Sequence[Tensor | None], weights: Vector, lanes: int) -> Tensor:
+    """The same of every tensor by itself ``[lanes, tensors]``."""
+    none = torch.zeros(lanes, dtype=torch.float64)
+    pairs = zip(values, weights, strict=True)
+    return torch.stack(
+        [none if t is None else (t.detach().double() * w.double()).reshape(lanes, -1).sum(1).cpu() for t, w in pairs], 1
+    )
+
+
+class Setting(NamedTuple):
+    """What difference quotients depend on beside the function.
+
+    Attributes:
+        ratio: between one step and the next.
+        near: the largest step, relative to the size of the inputs.
+        tol: relative tolerance of the comparison that they are for.
+        dtype: the coarsest type of the layer that is compared with them.
+    """
+
+    ratio: float
+    near: float
+    tol: float
+    dtype: torch.dtype
 
 
 def quotients(
@@ -69,35 +105,40 @@ def quotients(
     x: Vector,
     d: Vector,
     weights: Vector,
-    ratio: float,
-    tol: float,
-    eps: float,
+    setting: Setting,
 ) -> Quotients:
-    """Differences of `function` at `x` along `d`, and of its contraction, a good deal finer than `tol`.
+    """Differences of `function` at `x` along `d`, and of its contractions, a good deal finer than the tolerance."""
 
-    `eps` is that of the layer which is held against them.
-    """
+    def summed(values: Vector, lanes: int) -> Vector:
+        each = contractions(values, [w.expand(lanes, *w.shape) for w in weights], lanes)
+        return [each, each.sum(1, keepdim=True)]
 
     def both(leaves: Vector) -> Vector:
         values = function(leaves)
-        return [*values, contract(values, weights, 1)]
+        return [*values, *(t[0] for t in summed([value[None] for value in values], 1))]
 
     def many(leaves: Vector) -> Vector:
         assert vectorized is not None
-        values, lanes = vectorized(leaves), len(leaves[0])
-        return [*values, contract(values, [w.expand(lanes, *w.shape) for w in weights], lanes)[:, None]]
+        values = vectorized(leaves)
+        return [*values, *summed(values, len(leaves[0]))]
 
-    point = Floating.of(x, "x")
     found = differentiate(
-        both, point, d, ratio=ratio, enough=tol / 1000, vectorized=None if vectorized is None else many
+        both, Floating.of(x, "x"), d, ratio=setting.ratio, near=setting.near, enough=setting.tol / 1000,
+        vectorized=None if vectorized is None else many,
     )  # fmt: skip
-    values, rows = found.derivative[:-1], zip(found.derivative[:-1], weights, strict=True)
+    values = found.derivative[:-2]
     scale = [torch.full_like(value, largest([value.nan_to_num()])) for value in values]
-    summands = sum((value * w.double()).square().sum().cpu() for value, w in rows)
-    assert isinstance(summands, Tensor)
+    squares = torch.stack([(v * w.double()).square().sum().cpu() for v, w in zip(values, weights, strict=True)])
     natural = largest([value.nan_to_num() for value in found.here.leaves]) / reach(x, d)
-    sizes = flat([*scale, summands.sqrt()]).clamp_min(negligible(eps, tol) * natural)
-    return Quotients(flat(found.derivative), flat(found.error), sizes, natural)
+    limits = torch.finfo(setting.dtype)
+    sizes = flat([*scale, squares.sqrt(), squares.sum().sqrt()]).clamp_min(
+        negligible(limits.eps, setting.tol) * natural + limits.tiny / limits.eps / setting.tol
+    )
+    expected, error = flat(found.derivative), flat(found.error)
+    # A value that is zero all along the line may be what is left of numbers as large as x.
+    nothing = (expected == 0) & (error == 0)
+    sizes = torch.where(nothing, sizes.clamp_min(limits.eps * largest(x) / reach(x, d) / setting.tol), sizes)
+    return Quotients(expected, error, sizes, natural)
 
 
 def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:

@@ -14,6 +14,12 @@ __all__ = ["Comparison", "GradientMismatch", "GradientReport", "InconclusiveGrad
 # How not to ask for what a layer does not support.
 TAPE, DUAL, MAP = (f'leave "{mode}" out of `modes`' for mode in ("reverse", "forward", "vmap"))
 
+LOOSE = (
+    "If the layer solves something to a tolerance, this may be the error of its values, where that is smooth: solve "
+    "more tightly, or pass a tighter function as `reference`."
+)
+"""What a small disagreement may be."""
+
 Verdict = Literal["agree", "disagree", "inconclusive"]
 
 CERTAIN = 10.0
@@ -70,6 +76,11 @@ class Comparison:
         """What a layer raised instead of an answer."""
         message = str(error).strip().partition("\n")[0]
         return cls(what, oracle, "disagree", reason=f"raised {type(error).__name__}: {message}", missing=missing)
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether two numbers disagree."""
+        return self.verdict == "disagree" and not self.missing
 
     @property
     def difference(self) -> float:
@@ -180,3 +191,35 @@ def judge(
 def combined(reports: Sequence[GradientReport]) -> GradientReport:
     """One report of all."""
     return GradientReport(tuple(c for report in reports for c in report.comparisons))
+
+
+def left_out(what: str) -> str:
+    """How not to ask for a derivative."""
+    if "vmap" in what or "forward" in what:
+        return MAP if "vmap" in what else DUAL
+    return "pass order=1" if " over " in what else TAPE
+
+
+def named(names: Sequence[str], shapes: Sequence[torch.Size], k: int) -> str:
+    """Where the k-th number of some tensors is."""
+    for name, shape in zip(names, shapes, strict=True):
+        if k < shape.numel():
+            return f"entry {index(k, shape)}{name}"
+        k -= shape.numel()
+    raise IndexError(k)
+
+
+def index(k: int, shape: torch.Size) -> str:
+    """Where the k-th entry of a tensor is."""
+    return str([int(i) for i in torch.unravel_index(torch.tensor(k), shape)]) if shape else ""
+
+
+def remedy(floor: float, scale: float, tol: float) -> str:
+    """What to do about an oracle that cannot see."""
+    if floor == float("inf"):
+        return "No difference quotient could be formed: the layer is not defined, or not finite, on both sides of x."
+    return (
+        f"Differences of the layer are good to {floor:.1e} only, against a derivative of size {scale:.1e}: its values "
+        "scatter, or are not smooth near x. Solve more tightly (rtol, atol, max_steps) or in float64, move away from a "
+        f"kink, pass a tighter function as `reference`, or a `tol` above {tol:.0e}."
+    )

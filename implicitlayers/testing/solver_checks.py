@@ -180,7 +180,10 @@ def operator_of(A: Tensor) -> il.Operator:
     def apply(B: Tensor) -> Any:
         return lambda y: (B @ y.unsqueeze(-1)).squeeze(-1)
 
-    return il.Operator(apply(A), symmetric=bool((A.mT == A).all()), apply_transpose=apply(A.mT))
+    symmetric = bool((A.mT == A).all())
+    # A general matrix may be symmetric by chance, but then it need not be positive definite, which solvers hope for.
+    indefinite = symmetric and bool((torch.linalg.eigvalsh(A.double()) <= 0).any())
+    return il.Operator(apply(A), symmetric=symmetric, indefinite=indefinite, apply_transpose=apply(A.mT))
 
 
 def _linear_claims(solver: il.LinearSolver, A: Tensor, rows: Tensor, tol: float) -> Iterator[Comparison]:

@@ -207,3 +207,8 @@ def test_the_wrong_kind_is_told(check, given, words):
 
 def test_the_counts_are_returned():
     assert check_layer(torch.sin, strategies.tensors((1,)), max_examples=4) == Checked(4, 0)
+
+
+def test_a_matrix_that_is_symmetric_by_chance_need_not_be_positive_definite():
+    negative = st.just(-4 * torch.eye(2, dtype=torch.float64))
+    assert check_linear_solver(il.Auto(rtol=1e-12), matrices=negative, max_examples=3).examples == 3

@@ -102,7 +102,6 @@ def test_torchdeq_is_right_to_first_order_by_implicit_differentiation():
 
 @pytest.mark.filterwarnings("ignore")
 def test_cvxpylayers_is_right_to_first_order():
-    # Skipped in continuous integration: its solvers are some 240 MB.
     cvxpy = pytest.importorskip("cvxpy")
     layers = pytest.importorskip("cvxpylayers.torch")
     x, theta = cvxpy.Variable(3), cvxpy.Parameter(3)
