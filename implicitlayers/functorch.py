@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "all_lanes", "batched", "below", "carries_derivative", "current_level", "forward_ad_enabled", "full_precision",
     "graph_leaves", "is_wrapped", "opaque_to_compile", "over_legacy_lanes", "primal", "pullback", "pushforward",
-    "recorded", "stripped",
+    "recorded", "stripped", "tape_is_free",
 ]  # fmt: skip
 
 
@@ -39,6 +39,14 @@ def recorded(t: Tensor) -> bool:
     """
     duals = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
     return torch.is_grad_enabled() or duals or is_wrapped(t)
+
+
+def tape_is_free(t: Tensor) -> bool:
+    """Whether a tape of one's own may be started at `t`: nothing is recorded, and no transform is running.
+
+    Inside a transform PyTorch refuses `requires_grad_`, also under `torch.no_grad`.
+    """
+    return not recorded(t) and current_level() == 0
 
 
 def carries_derivative(t: Tensor) -> bool:

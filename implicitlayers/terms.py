@@ -12,7 +12,7 @@ from torch.func import grad
 
 from implicitlayers import tape
 from implicitlayers.closure import bound_now
-from implicitlayers.functorch import batched, pullback, pushforward, recorded
+from implicitlayers.functorch import batched, pullback, pushforward, tape_is_free
 from implicitlayers.problem import Lanes, Nonsmooth, Potential, Term, select
 from implicitlayers.status import MisuseError
 
@@ -74,7 +74,7 @@ class ObjectiveTerm(Potential):
         # Lanes are independent, so the gradient of all their values is pulled back at once: one transform less on every
         # operation than mapping a gradient over the lanes.
         fn = batched(self.fn, lanes)
-        if recorded(x):
+        if not tape_is_free(x):
 
             def total(z: Tensor) -> tuple[Tensor, Tensor]:
                 value = fn(z, *params)
@@ -115,7 +115,7 @@ class ObjectiveTerm(Potential):
     def linearize(
         self, x: Tensor, params: Sequence[Tensor], lanes: Lanes, *, transposed: bool = False
     ) -> Callable[[Tensor], Tensor]:
-        if recorded(x):
+        if not tape_is_free(x):
             return super().linearize(x, params, lanes)
         given = [p.detach() for p in params]
         if not self.gauss_newton:
@@ -151,7 +151,7 @@ class ResidualTerm(Term):
     def linearize(
         self, x: Tensor, params: Sequence[Tensor], lanes: Lanes, *, transposed: bool = False
     ) -> Callable[[Tensor], Tensor]:
-        if recorded(x):
+        if not tape_is_free(x):
             return super().linearize(x, params, lanes, transposed=transposed)
         fn, given = batched(self.fn, lanes), [p.detach() for p in params]
         return (tape.transposed_jacobian if transposed else tape.jacobian)(lambda z: fn(z, *given), x)
@@ -193,7 +193,7 @@ class ProximalTerm(Term):
     def linearize(
         self, x: Tensor, params: Sequence[Tensor], lanes: Lanes, *, transposed: bool = False
     ) -> Callable[[Tensor], Tensor]:
-        if recorded(x):
+        if not tape_is_free(x):
             return super().linearize(x, params, lanes, transposed=transposed)
         forward = batched(lambda z, *p: self._forward(z, p), lanes)
         prox, given = batched(lambda z, *p: self._prox(z, p), lanes), [p.detach() for p in params]

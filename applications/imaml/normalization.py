@@ -7,7 +7,8 @@ cotangents g of y, ĝ of x̂ and ρ of r,
     P(v) = v - Σ v / N - x̂ (Σ v x̂) / N,
 
 since dr = -r² Σ x̂ dx / N and dx̂ = r P(dx). x̂ and r are outputs like y, so that the rule, which is made of them, can
-be differentiated again, to any order.
+be differentiated again, to any order; but not in forward mode twice, where PyTorch has no tangents of what a Function
+saves.
 
 F.batch_norm, torch.var_mean and torch.mean all compute parts of this, and under vmap, on a CPU, all take longer: the
 first goes channel by channel, the reduction of the second is not vectorised, and the derivative of the third divides a

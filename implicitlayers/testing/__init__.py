@@ -8,8 +8,9 @@ from implicitlayers.testing import problems, strategies
 from implicitlayers.testing.checks import Checked, check_layer
 from implicitlayers.testing.finite_difference import finite_difference
 from implicitlayers.testing.gradients import assert_gradients_match, compare_gradients
+from implicitlayers.testing.linear_checks import check_linear_solver
 from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients
-from implicitlayers.testing.solver_checks import check_adjoint, check_linear_solver, check_solver
+from implicitlayers.testing.solver_checks import check_adjoint, check_solver
 
 __all__ = [
     "Checked", "Comparison", "GradientMismatch", "GradientReport", "InconclusiveGradients", "assert_gradients_match",

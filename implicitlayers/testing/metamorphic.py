@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitlayers.testing.quotients import contract, filled, stack
+from implicitlayers.status import MisuseError
+from implicitlayers.testing.quotients import contract, filled
 from implicitlayers.testing.report import DUAL, MAP, TAPE, Comparison, judge
 from implicitlayers.testing.subject import Recorded, Subject, fresh, pulled
-from implicitlayers.testing.vectors import flat, generator, largest, normal_like, resolution
+from implicitlayers.testing.vectors import Floating, flat, generator, largest, normal_like, resolution
 
 __all__ = [
     "equal", "error_falls", "forward_is_reverse", "independent_of_start", "lanes_are_independent", "lanes_permute",
@@ -39,6 +40,8 @@ def equal(
     sizes = [torch.full_like(e.double(), largest([e.nan_to_num()]) if scale is None else scale) for e in expected]
     sizes = [size.clamp_min(ROUNDING) for size in sizes]
     a, b, s = flat(found), flat(expected), flat(sizes)
+    if not len(b) and not len(a):
+        return Comparison(what, oracle, "agree", "nothing to compare")
     verdict, k = judge(a, b, torch.zeros_like(b), scale=s, natural=0.0, tol=tol)
     return Comparison(what, oracle, verdict, f"entry {k}", float(a[k]), float(b[k]), 0.0, tol * float(s[k]))
 
@@ -52,9 +55,10 @@ def attempted(what: str, compare: Callable[[], Comparison], without: str = "") -
 
 
 def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
-    """Jᵀ(2v - 3w) = 2 Jᵀv - 3 Jᵀw, and Jᵀ(εv) = ε Jᵀv for an ε whose square underflows.
+    """Jᵀ(2v - 3w) = 2 Jᵀv - 3 Jᵀw, Jᵀ(εv) = ε Jᵀv for an ε whose square underflows, and Jᵀv = Jᵀv when asked again.
 
-    A layer that squares a cotangent to measure it loses small ones: a gradient that is zero, or NaN.
+    A layer that squares a cotangent to measure it loses small ones: a gradient that is zero, or NaN. A backward that
+    changes what it has saved is right once.
     """
     x, out = subject.leaves, subject.here.leaves
     v, w = (normal_like(out, generator(seed + k)) for k in (11, 12))
@@ -75,7 +79,14 @@ def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator
         compared = equal(f"cotangents of size {epsilon:.0e}", "those of size 1", found, gradient(v), tol)
         return compared if compared.verdict == "agree" else replace(compared, reason=SMALL)
 
+    def again() -> Comparison:
+        fresh_graph = Recorded.of(subject.at, x)
+        once, twice = filled(fresh_graph.pull(v), x), filled(fresh_graph.pull(v), x)
+        # The graph at hand has been asked before.
+        return equal("gradient, asked again", "the first time", [*twice, *gradient(v)], [*once, *once], tol)
+
     yield attempted("linear in the cotangent", sums, TAPE)
+    yield attempted("gradient, asked again", again, TAPE)
     yield attempted("small cotangents", small, TAPE)
 
 
@@ -145,56 +156,62 @@ def lanes_permute(subject: Subject, tol: float, seed: int = 0) -> Iterator[Compa
 
 
 def lanes_are_independent(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
-    """A layer that takes batches returns for each element what it returns for it alone, values and gradients."""
-    x = subject.leaves
-    v = normal_like(subject.here.leaves, generator(seed + 19))
-    alone = functools.cache(
-        lambda: [Recorded.of(subject.at, [t[k : k + 1] for t in x]) for k in range(len(x[0]))]
-    )  # fmt: skip
+    """A layer that takes batches returns for each element what it returns for it alone, values and gradients.
 
-    def joined(rows: list[list[Tensor]]) -> list[Tensor]:
-        return [t.flatten(0, 1) for t in stack(rows)]
+    What all elements share, such as the parameters of a module, has the sum of their gradients.
+    """
+    size = subject.batch_size
+    if size < 2:
+        raise ValueError(
+            f"batched=True holds a batch against its elements, but the inputs have a batch of {size}; draw batches of "
+            "two or more, such as strategies.tensors((3, 2))."
+        )
+    v = normal_like(subject.here.leaves, generator(seed + 19))
+    alone = functools.cache(lambda: [subject.element(k).recorded for k in range(size)])
 
     def values() -> Comparison:
-        return equal("batch", "a loop over it", subject.here.leaves, joined([row.values for row in alone()]), tol)
+        for path, leaf in zip(subject.here.paths, subject.here.leaves, strict=True):
+            if not leaf.ndim or len(leaf) != size:
+                raise ValueError(f"output{path} {[*leaf.shape]} does not have the batch of {size} in dimension 0.")
+        columns = zip(*(row.values for row in alone()), strict=True)
+        return equal("batch", "a loop over it", subject.here.leaves, [torch.cat(column) for column in columns], tol)
 
     def gradients() -> Comparison:
         rows = [filled(row.pull([t[k : k + 1] for t in v]), row.given) for k, row in enumerate(alone())]
-        return equal(
-            "gradient of a batch", "a loop over it", filled(subject.recorded.pull(v), x), joined(rows), tol
-        )  # fmt: skip
+        expected = [
+            torch.stack(column).sum(0) if column[0].shape == leaf.shape else torch.cat(column)
+            for leaf, column in zip(subject.leaves, zip(*rows, strict=True), strict=True)
+        ]
+        found = filled(subject.recorded.pull(v), subject.leaves)
+        return equal("gradient of a batch", "a loop over it", found, expected, tol)
 
     yield attempted("batch = loop", values)
     yield attempted("gradient of a batch = loop", gradients)
 
 
 def independent_of_start(
-    at_start: Callable[[Any], Subject], starts: tuple[Tensor, Tensor], tol: float, seed: int = 0
+    at_start: Callable[[Any], Subject], starts: tuple[Any, Any], tol: float, seed: int = 0
 ) -> Iterator[Comparison]:
     """Value and gradient do not depend on where the search begins, and no gradient flows to the start."""
-    first, second = starts
-
-    one, other = at_start(first), at_start(second)
+    one, other = (at_start(start) for start in starts)
+    v = normal_like(one.here.leaves, generator(seed + 20))
 
     def values() -> Comparison:
         return equal("from another start", "the first start", other.here.leaves, one.here.leaves, tol)
 
     def gradients() -> Comparison:
-        v = normal_like(one.here.leaves, generator(seed + 20))
         found, expected = (filled(s.recorded.pull(v), s.leaves) for s in (other, one))
         return equal("gradient from another start", "the first start", found, expected, tol)
 
     def through() -> Comparison:
-        begin = first.detach().clone().requires_grad_()
-        what, zero = "gradient in the start", torch.zeros_like(begin)
+        what, start = "gradient in the start", Floating.of(starts[0], "x0")
+        begin, zeros = [fresh(leaf) for leaf in start.leaves], [torch.zeros_like(leaf) for leaf in start.leaves]
         try:
             with torch.enable_grad():
-                subject = at_start(begin)
-                out = subject.at([fresh(leaf) for leaf in subject.leaves])
-            found = pulled(out, [begin], None)
-        except Exception as error:  # A layer may well refuse: a gradient in the start is never meant.
+                out = at_start(start.put(begin)).at([fresh(leaf) for leaf in one.leaves])
+        except MisuseError as error:  # A gradient in the start is never meant, and a layer may say so.
             return Comparison(what, "zero", "agree", reason=f"refused: {type(error).__name__}")
-        return equal(what, "zero", filled(found, [zero]), [zero], tol, 1.0)
+        return equal(what, "zero", filled(pulled(out, begin, v), zeros), zeros, tol, 1.0)
 
     yield attempted("from another start", values)
     yield attempted("gradient from another start", gradients)
@@ -204,17 +221,28 @@ def independent_of_start(
 def error_falls(
     at_tolerance: Callable[[float], Callable[[], Tensors]], tolerances: Sequence[float], truth: Tensors, tol: float
 ) -> Iterator[Comparison]:
-    """A tighter tolerance is never much worse, and the tightest is right."""
+    """A tighter tolerance is never much worse, and the tightest is right, and better than the loosest if that was not.
+
+    An error of a tenth of what is allowed is as small as it needs to be.
+    """
     size = max(largest(truth), 1.0)
     floor = 1e3 * resolution(truth) * size
-    previous = float("inf")
+    enough = max(tol * size / 10, floor)
+    errors: list[float] = []
     for tolerance in tolerances:
-        found = at_tolerance(tolerance)()
-        error = largest([a.double() - b.double() for a, b in zip(found, truth, strict=True)])
-        verdict = "agree" if error <= max(2 * previous, floor) else "disagree"
-        yield Comparison(f"error at tolerance {tolerance:.0e}", "at the looser one", verdict, "", error, previous)
-        previous = error
-    last = "agree" if previous <= max(tol * size, floor) else "disagree"
+        what, previous = f"error at tolerance {tolerance:.0e}", errors[-1] if errors else float("inf")
+        try:
+            found = at_tolerance(tolerance)()
+            errors.append(largest([a.double() - b.double() for a, b in zip(found, truth, strict=True)]))
+        except Exception as error:  # Whatever a layer raises here is a finding about the layer.
+            yield Comparison.raised(what, "the truth", "", error)
+            return
+        verdict = "agree" if errors[-1] <= max(2 * previous, enough) else "disagree"
+        yield Comparison(what, "at the looser one", verdict, "", errors[-1], previous)
+    right = errors[-1] <= max(tol * size, floor)
+    reason = f"It does not fall: it was {errors[0]:.1e} at tolerance {tolerances[0]:.0e}."
+    fallen = errors[-1] <= max(errors[0] / 10, enough)
     yield Comparison(
-        f"error at tolerance {tolerances[-1]:.0e}", "zero", last, "largest", previous, 0.0, floor, tol * size
-    )
+        f"error at tolerance {tolerances[-1]:.0e}", "zero", "agree" if right and fallen else "disagree", "largest",
+        errors[-1], 0.0, floor, tol * size, reason="" if fallen else reason,
+    )  # fmt: skip

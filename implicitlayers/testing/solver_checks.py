@@ -1,4 +1,4 @@
-"""Checks of the parts a layer is made of: forward solvers, linear solvers, adjoints."""
+"""Checks of the parts a layer is made of: forward solvers and adjoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 from torch.func import vmap
@@ -16,14 +15,14 @@ import implicitlayers as il
 from implicitlayers.testing import strategies
 from implicitlayers.testing.checks import Checked, examine, run_property
 from implicitlayers.testing.compare import Mode
-from implicitlayers.testing.gradients import MODES, TOLERANCES
-from implicitlayers.testing.metamorphic import attempted, equal, error_falls, tiny_factor
-from implicitlayers.testing.quotients import contract
+from implicitlayers.testing.gradients import MODES, TOLERANCES, expect_tolerance
+from implicitlayers.testing.metamorphic import attempted, equal, error_falls
 from implicitlayers.testing.report import Comparison, GradientReport, combined
 from implicitlayers.testing.strategies import Problem
+from implicitlayers.testing.strategies.tensors import expect_strategy
 from implicitlayers.testing.vectors import generator, normal_like
 
-__all__ = ["check_adjoint", "check_linear_solver", "check_solver"]
+__all__ = ["altered", "check_adjoint", "check_solver", "claim", "expect"]
 
 F64 = torch.float64
 
@@ -79,8 +78,10 @@ def check_solver(
         Checked(examples=5, inconclusive=0)
     """
     expect("solver", solver, il.Solver)
+    expect_tolerance(tol)
     if problems is None:
         problems = strategies.strongly_convex_problems(dtype=dtype)
+    expect_strategy("problems", problems, "strategies.contractions()")
     tol = max(TOLERANCES[dtype], 1e3 * (solver.rtol or 0.0)) if tol is None else tol
     return run_property(problems, lambda p: GradientReport(tuple(_solver_claims(solver, p, tol))), max_examples)
 
@@ -129,125 +130,6 @@ def _solver_claims(solver: il.Solver[Any], problem: Problem, tol: float) -> Iter
     yield attempted(f"{name}, two lanes", lanes)
 
 
-def check_linear_solver(
-    solver: il.LinearSolver,
-    *,
-    matrices: SearchStrategy[Tensor] | None = None,
-    dtype: torch.dtype = F64,
-    tol: float | None = None,
-    max_examples: int | None = None,
-) -> Checked:
-    """Check a linear solver on matrices that it is for.
-
-    It solves A x = b and says CONVERGED; it is linear in b, down to b whose square underflows; its transposed solve
-    passes the dot test ⟨c, A⁻¹b⟩ = ⟨A⁻ᵀc, b⟩; b = 0 gives 0; a batch is a loop, also when one lane of it is NaN; and it
-    does not say CONVERGED for a singular system, nor after one step unless it has.
-
-    Args:
-        solver: with a tolerance that `tol` can be met with.
-        matrices: strategy for ``[n, n]`` tensors; by default `spd_matrices` for solvers that need symmetric ones, and
-            `matrices` as well for the others.
-        dtype: of the default matrices.
-        tol: relative error; by default 1000 times the solver's `rtol`, at least that of `assert_gradients_match`.
-        max_examples: how many systems.
-
-    Raises:
-        GradientMismatch: with the smallest system on which the solver fails.
-        TypeError: `solver` is no linear solver.
-
-    Examples:
-        >>> check_linear_solver(il.CG(rtol=1e-12), max_examples=5)
-        Checked(examples=5, inconclusive=0)
-    """
-    expect("solver", solver, il.LinearSolver)
-    if matrices is None:
-        matrices = strategies.spd_matrices(dtype=dtype)
-        if not solver.requires_symmetric:
-            matrices = matrices | strategies.matrices(dtype=dtype)
-    rtol = getattr(solver, "rtol", None) or 0.0
-    bound = max(TOLERANCES[dtype], 1e3 * rtol) if tol is None else tol
-    systems = matrices.flatmap(lambda A: st.tuples(st.just(A), strategies.tensors((3, len(A)), dtype=dtype)))
-
-    def examine_one(system: tuple[Tensor, Tensor]) -> GradientReport:
-        return GradientReport(tuple(_linear_claims(solver, *system, bound)))
-
-    return run_property(systems, examine_one, max_examples)
-
-
-def operator_of(A: Tensor) -> il.Operator:
-    """The operator of a matrix, which is found to be symmetric or not."""
-
-    def apply(B: Tensor) -> Any:
-        return lambda y: (B @ y.unsqueeze(-1)).squeeze(-1)
-
-    symmetric = bool((A.mT == A).all())
-    # A general matrix may be symmetric by chance, but then it need not be positive definite, which solvers hope for.
-    indefinite = symmetric and bool((torch.linalg.eigvalsh(A.double()) <= 0).any())
-    return il.Operator(apply(A), symmetric=symmetric, indefinite=indefinite, apply_transpose=apply(A.mT))
-
-
-def _linear_claims(solver: il.LinearSolver, A: Tensor, rows: Tensor, tol: float) -> Iterator[Comparison]:
-    operator, name = operator_of(A), type(solver).__name__
-    b, c, other = rows
-    inverse = torch.linalg.inv(A)
-    size = float(torch.linalg.matrix_norm(inverse, 2)) * max(float(rows.norm(dim=1).max()), 1.0)
-    found = solver.solve(operator, b)
-    yield equal(f"{name}, solution", "a dense solve", [found.x], [inverse @ b], tol, size)
-    status = il.Status(int(found.status))
-    fine = {il.Status.CONVERGED, il.Status.STALLED} if solver.looks else {il.Status.NOT_CHECKED}
-    yield claim(f"{name}, status", status in fine, f"{status.name}: {status.meaning}. Try: {status.remedy}.")
-    xc = solver.solve(operator, c).x
-    summed = solver.solve(operator, 2 * b - 3 * c).x
-    yield equal(f"{name}, solution for 2b - 3c", "2A⁻¹b - 3A⁻¹c", [summed], [2 * found.x - 3 * xc], tol, 5 * size)
-    epsilon = tiny_factor([b])
-    tiny = solver.solve(operator, epsilon * b).x.double() / epsilon
-    yield equal(f"{name}, solution for b of size {epsilon:.0e}", "that for b", [tiny], [found.x], tol, size)
-    transposed = solver.solve(operator.T, c).x
-    dots = [contract([found.x], [c], 1)], [contract([transposed], [b], 1)]
-    yield equal(f"{name}, ⟨c, A⁻¹b⟩", "⟨A⁻ᵀc, b⟩", *dots, tol, size * max(float(rows.norm(dim=1).max()), 1.0))
-    zero = torch.zeros_like(b)
-    yield equal(f"{name}, solution for b = 0", "0", [solver.solve(operator, zero).x], [zero], tol, 1.0)
-    hasty = altered(solver, max_steps=1)
-    if hasty is not None and solver.looks:
-        early = hasty.solve(operator, b)
-        close = bool(((early.x - inverse @ b).abs() <= tol * size).all())
-        honest = int(early.status) != il.Status.CONVERGED or close
-        yield claim(f"{name}, status after one step", honest, "CONVERGED, and it has not.")
-    yield from _lanes_of_systems(solver, operator, torch.stack([b, c, other]), tol, size)
-    yield from _singular_systems(solver, A, b)
-
-
-def _lanes_of_systems(
-    solver: il.LinearSolver, operator: il.Operator, rows: Tensor, tol: float, size: float
-) -> Iterator[Comparison]:
-    name = type(solver).__name__
-
-    def batch() -> Comparison:
-        alone = torch.stack([solver.solve(operator, row).x for row in rows])
-        return equal(f"{name}, batch", "a loop", [solver.solve(operator, rows).x], [alone], tol, size)
-
-    def broken() -> Comparison:
-        poisoned = rows.clone()
-        poisoned[1] = torch.nan
-        alone = torch.stack([solver.solve(operator, rows[k]).x for k in (0, 2)])
-        found = solver.solve(operator, poisoned).x[[0, 2]]
-        return equal(f"{name}, beside a lane of NaN", "the same lanes alone", [found], [alone], tol, size)
-
-    yield attempted(f"{name}, batch", batch)
-    yield attempted(f"{name}, beside a lane of NaN", broken)
-
-
-def _singular_systems(solver: il.LinearSolver, A: Tensor, b: Tensor) -> Iterator[Comparison]:
-    """The last unknown enters no equation, and the last equation reads 0 = 1."""
-    if not solver.looks:
-        return
-    singular, rhs = A.clone(), b.clone()
-    singular[-1], singular[:, -1], rhs[-1] = 0, 0, 1
-    status = il.Status(int(solver.solve(operator_of(singular), rhs).status))
-    what = f"{type(solver).__name__}, status for a singular system"
-    yield claim(what, status != il.Status.CONVERGED, "CONVERGED, but no x solves it.")
-
-
 def check_adjoint(
     adjoint: il.Adjoint,
     *,
@@ -284,15 +166,18 @@ def check_adjoint(
         Checked(examples=3, inconclusive=0)
     """
     expect("adjoint", adjoint, il.Adjoint)
+    expect_tolerance(tol)
     rtol = 1e-13 if dtype == F64 else 1e-6
     forward = il.Newton(il.Dense(), rtol=rtol, atol=rtol) if solver is None else solver
     if problems is None:
         problems = strategies.strongly_convex_problems(dtype=dtype)
+    expect_strategy("problems", problems, "strategies.contractions()")
     bound = TOLERANCES[dtype] if tol is None else tol
 
     def examine_one(problem: Problem) -> GradientReport:
         def layer(*params: Tensor) -> Tensor:
-            return problem.solve(problem.x0, *params, solver=forward, adjoint=adjoint, on_failure="ignore").value
+            x0 = problem.x0.to(params[0])
+            return problem.solve(x0, *params, solver=forward, adjoint=adjoint, on_failure="ignore").value
 
         known = GradientReport(tuple(_known_derivatives(layer, problem, order, bound)))
         return combined([known, examine(layer, problem.params, order=order, modes=modes, tol=bound)])

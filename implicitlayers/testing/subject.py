@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as dual
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.utils import _pytree as pytree
 
+from implicitlayers.status import Solution
 from implicitlayers.testing.vectors import Floating
 
-__all__ = ["Recorded", "Subject"]
+__all__ = ["Recorded", "Subject", "copied"]
 
 LANES = (1.0, 1.0 + 1 / 32)
 """What the inputs are multiplied by to make lanes of them: positive definite, sparse or symmetric stays what it is."""
@@ -61,7 +63,8 @@ class Subject:
     """A layer at a point.
 
     Attributes:
-        function: tree of inputs to anything.
+        function: tree of inputs to anything; the tree is (parameters, state of a module that stays as it is,
+            arguments).
         inputs: where, with the tensors that are differentiated taken out.
         names: what these tensors are called in a report.
     """
@@ -75,28 +78,32 @@ class Subject:
         """A layer at its inputs; the parameters of a module are inputs as well."""
         if not callable(layer):
             raise TypeError(f"layer is {layer!r}, which cannot be called; pass a function of tensors or an nn.Module.")
-        parameters = {}
+        parameters: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
         if isinstance(layer, nn.Module):
-            parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+            state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+            parameters = {name: t for name, t in state.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+            state = {name: t for name, t in state.items() if name not in parameters}
+        # A module's own parameters require a gradient and must not hide that the inputs do not.
+        some = any(t.requires_grad for t in pytree.tree_leaves(tuple(inputs)) if isinstance(t, Tensor))
 
         def function(tree: Any) -> Any:
-            given, arguments = tree
-            if isinstance(layer, nn.Module) and given:
-                return functional_call(layer, given, arguments)
+            learned, kept, arguments = tree
+            if isinstance(layer, nn.Module):
+                return functional_call(layer, {**learned, **kept}, arguments)
             return layer(*arguments)
 
-        if parameters:
-            # A module's own parameters require a gradient and must not hide that the inputs do not.
-            plain = Floating.of((parameters, tuple(inputs)), "the inputs")
-        else:
-            plain = Floating.of(({}, tuple(inputs)), "the inputs", recorded=True)
-        names = [("parameter" if p.startswith("[0]") else "input") + p[3:] for p in plain.paths]
-        return cls(function, plain, names)
+        def chosen(path: str, leaf: Tensor) -> bool:
+            return path.startswith("[0]") or (path.startswith("[2]") and (leaf.requires_grad or not some))
 
-    @property
+        taken = Floating.of((parameters, state, tuple(inputs)), "the inputs", chosen)
+        names = [("parameter" if p.startswith("[0]") else "input") + p[3:] for p in taken.paths]
+        return cls(function, taken, names)
+
+    @functools.cached_property
     def leaves(self) -> list[Tensor]:
         """The point, without a graph."""
-        return [leaf.detach() for leaf in self.inputs.leaves]
+        return [own(leaf.detach()) for leaf in self.inputs.leaves]
 
     @functools.cached_property
     def here(self) -> Floating:
@@ -139,8 +146,46 @@ class Subject:
         return self.outputs(leaves).leaves
 
     def outputs(self, leaves: Leaves) -> Floating:
-        """The output with its floating tensors taken out."""
-        return Floating.of(self.function(self.inputs.put(leaves)), "the layer's output")
+        """The output with its floating tensors taken out.
+
+        A layer that differentiates its own input, such as a force from an energy, needs the tape for its value.
+        """
+        try:
+            return self.evaluated(leaves)
+        except Exception:  # A layer has exceptions of its own; if this is one, it comes again.
+            if torch.is_grad_enabled():
+                raise
+        with torch.enable_grad():
+            out = self.evaluated([fresh(leaf) for leaf in leaves])
+        values = [value.detach() for value in out.leaves]
+        return replace(out, leaves=values, tree=out.put(values))
+
+    def evaluated(self, leaves: Leaves) -> Floating:
+        """The output as it comes. A layer that changes what it is given changes copies."""
+        out = self.function(copied(self.inputs.put(leaves)))
+        return Floating.of(pytree.tree_map(answer, out, is_leaf=solved), "the layer's output")
+
+    @property
+    def batch_size(self) -> int:
+        """First dimension of the first argument that has one; 0 where none has."""
+        dimensions = (len(t) for t in pytree.tree_leaves(self.inputs.tree[2]) if isinstance(t, Tensor) and t.ndim)
+        return next(dimensions, 0)
+
+    def element(self, k: int) -> Subject:
+        """The layer at the k-th element of the batch, as a batch of one.
+
+        Every tensor of the arguments with the batch in its first dimension is cut, labels and frozen data as well; a
+        number without dimensions and the parameters belong to all elements.
+        """
+        size = self.batch_size
+        parameters, state, arguments = self.inputs.tree
+
+        def cut(t: Any) -> Any:
+            return t[k : k + 1] if isinstance(t, Tensor) and t.ndim and len(t) == size else t
+
+        tree = (parameters, state, pytree.tree_map(cut, arguments))
+        leaves = pytree.tree_leaves(tree)
+        return replace(self, inputs=replace(self.inputs, leaves=[leaves[i] for i in self.inputs.where], tree=tree))
 
     def contracted(self, v: Leaves) -> Callable[[Leaves], Tensor]:
         """⟨v, f⟩ as a function of the leaves."""
@@ -159,18 +204,32 @@ class Subject:
             return pulled([pair(self.reverse(given, v, record=True), w)], given, None)
 
     def forward(self, leaves: Leaves, d: Leaves) -> list[Tensor]:
-        """J d by dual numbers."""
-        with torch.no_grad(), dual.dual_level():
-            out = self.at([dual.make_dual(leaf, t) for leaf, t in zip(leaves, d, strict=True)])
-            return [tangent(o) for o in out]
+        """J d by dual numbers; by those of torch.func, which nest, where a layer differentiates inside."""
+
+        def raw() -> list[Tensor]:
+            with torch.no_grad(), dual.dual_level():
+                given = [dual.make_dual(leaf, t) for leaf, t in zip(leaves, d, strict=True)]
+                return [tangent(o) for o in self.evaluated(given).leaves]
+
+        def nested() -> list[Tensor]:
+            return list(jvp(lambda *x: tuple(self.evaluated(x).leaves), tuple(leaves), tuple(d))[1])
+
+        return first_of(raw, nested)
 
     def forward_of_reverse(self, leaves: Leaves, v: Leaves, d: Leaves) -> list[Tensor]:
-        """∂/∂d of Jᵀ v by dual numbers through the tape."""
-        with torch.enable_grad(), dual.dual_level():
-            given = [dual.make_dual(fresh(leaf), t) for leaf, t in zip(leaves, d, strict=True)]
-            first = pulled(self.at(given), given, v, record=True)
-            zeros = [torch.zeros_like(leaf) for leaf in leaves]
-            return [zero if g is None else tangent(g).detach() for g, zero in zip(first, zeros, strict=True)]
+        """∂/∂d of Jᵀ v by dual numbers through the tape; by those of torch.func as in `forward`."""
+
+        def raw() -> list[Tensor]:
+            with torch.enable_grad(), dual.dual_level():
+                given = [dual.make_dual(fresh(leaf), t) for leaf, t in zip(leaves, d, strict=True)]
+                first = pulled(self.at(given), given, v, record=True)
+                zeros = [torch.zeros_like(leaf) for leaf in leaves]
+                return [zero if g is None else tangent(g).detach() for g, zero in zip(first, zeros, strict=True)]
+
+        def gradient(*given: Tensor) -> tuple[Tensor, ...]:
+            return vjp(lambda *x: tuple(self.evaluated(x).leaves), *given)[1](tuple(v))
+
+        return first_of(raw, lambda: list(jvp(gradient, tuple(leaves), tuple(d))[1]))
 
     def forward_twice(self, leaves: Leaves, w: Leaves, d: Leaves) -> list[Tensor]:
         """∂/∂d of J w, forward over forward by torch.func, which alone nests dual numbers."""
@@ -200,6 +259,39 @@ class Subject:
 def fresh(leaf: Tensor) -> Tensor:
     """A copy that a tape may start from."""
     return leaf.detach().clone().requires_grad_()
+
+
+def own(t: Tensor) -> Tensor:
+    """A copy with an entry of its own for every index: an expanded tensor has fewer, and cannot be changed in place."""
+    return t.clone(memory_format=torch.contiguous_format) if t.layout == torch.strided else t.clone()
+
+
+def copied(tree: Any) -> Any:
+    """The tree with copies of its tensors, of which gradients still reach the originals."""
+    return pytree.tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, tree)
+
+
+def solved(node: Any) -> bool:
+    """Whether it is what this library's entry points return."""
+    return isinstance(node, Solution)
+
+
+def answer(node: Any) -> Any:
+    """What is differentiable in a `Solution`; its status and stats report on it."""
+    if not solved(node):
+        return node
+    return {"value": node.value} if node.aux is None else {"value": node.value, "aux": node.aux}
+
+
+def first_of(way: Callable[[], list[Tensor]], other: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What one way returns, or the other where it raises; where both do, what the first raised."""
+    try:
+        return way()
+    except Exception as error:  # Whatever a layer raises.
+        try:
+            return other()
+        except Exception:
+            raise error from None
 
 
 def tangent(t: Tensor) -> Tensor:

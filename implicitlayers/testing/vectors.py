@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Floating", "flat", "generator", "inner", "largest", "normal_like", "resolution"]
+__all__ = [
+    "Floating", "flat", "generator", "inner", "largest", "normal_like", "reached", "resolution",
+    "seed_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,22 +34,22 @@ class Floating:
     tree: Any
 
     @classmethod
-    def of(cls, tree: Any, what: str, recorded: bool = False) -> Floating:
-        """Take the floating tensors out of `tree`, or with `recorded` those of them that require a gradient, if any do.
+    def of(cls, tree: Any, what: str, chosen: Callable[[str, Tensor], bool] = lambda path, leaf: True) -> Floating:
+        """Take the floating tensors out of `tree`, or those of them that are `chosen` by how they are reached.
 
         `what` names the tree in errors.
         """
-        keyed = pytree.tree_flatten_with_path(tree)[0]
-        found = [(i, pytree.keystr(path), leaf) for i, (path, leaf) in enumerate(keyed) if isinstance(leaf, Tensor)]
+        found = [
+            (i, path, leaf)
+            for i, (path, leaf) in enumerate(reached(tree))
+            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) and chosen(path, leaf)
+        ]
         for _, path, leaf in found:
             if leaf.is_complex():
                 raise TypeError(
                     f"{what}{path} is complex, and directional derivatives are taken of real tensors; let the layer "
                     "take and return torch.view_as_real(...) of it."
                 )
-        found = [entry for entry in found if entry[2].is_floating_point()]
-        if recorded and any(leaf.requires_grad for *_, leaf in found):
-            found = [entry for entry in found if entry[2].requires_grad]
         if not found:
             raise TypeError(f"{what} holds no floating tensor ({tree!r}), so it has no derivative; pass at least one.")
         where, paths, leaves = (list(column) for column in zip(*found, strict=True))
@@ -61,6 +65,24 @@ class Floating:
     def moved(self, step: float, direction: Sequence[Tensor]) -> Any:
         """The tree at leaves + step·direction."""
         return self.put([x + step * d for x, d in zip(self.leaves, direction, strict=True)])
+
+
+def reached(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree, each with how it is reached: by its number in a node that gives its children no names."""
+
+    def below(node: Any) -> bool:
+        return node is not tree
+
+    children, spec = pytree.tree_flatten(tree, is_leaf=below)
+    if spec.is_leaf():
+        yield path, tree
+        return
+    try:
+        steps = [pytree.keystr(step) for step, _ in pytree.tree_flatten_with_path(tree, is_leaf=below)[0]]
+    except ValueError:  # Nodes may be registered without names.
+        steps = [f"[{i}]" for i in range(len(children))]
+    for step, child in zip(steps, children, strict=True):
+        yield from reached(child, path + step)
 
 
 def flat(leaves: Sequence[Tensor]) -> Tensor:
@@ -82,6 +104,12 @@ def largest(leaves: Sequence[Tensor]) -> float:
 def generator(seed: int) -> torch.Generator:
     """A source of random numbers of its own, so that no check depends on what ran before it."""
     return torch.Generator().manual_seed(seed)
+
+
+def seed_of(tree: Any) -> int:
+    """A seed that follows from the numbers of a tree, so that an example keeps its own while others come and go."""
+    numbers = [t.detach().tolist() for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    return zlib.crc32(repr(numbers).encode())
 
 
 def normal_like(leaves: Sequence[Tensor], source: torch.Generator) -> list[Tensor]:

@@ -225,9 +225,10 @@ def adjoints() -> Rows:
         yield f"ridge, Unrolled, {d}", MINIMA["ridge"].check(_steps, lambda t: il.Unrolled(), dtype)
         yield f"ridge, Unrolled(last=2), {d}", MINIMA["ridge"].check(_steps, lambda t: il.Unrolled(last=2), dtype)
     for order in (1, 2):
-        for a, adjoint in {"CG": il.Implicit(il.CG(rtol=1e-13)), "Dense": il.Implicit(il.Dense())}.items():
+        for a, make in {"CG": SYMMETRIC["CG"], "Dense": GENERAL["Dense"]}.items():
             name = f"Implicit({a}) as an adjoint, order {order}"
-            yield name, partial(_adjoint, adjoint, order)
+            yield name, partial(_adjoint, il.Implicit(make(tight(F64))), order, F64)
+            yield f"{name}, float32", partial(_adjoint, il.Implicit(make(tight(F32))), order, F32)
 
 
 def linear_solvers() -> Rows:
@@ -332,8 +333,8 @@ def _solver(solver: Any, drawn: Any, dtype: torch.dtype, examples: int) -> Any:
     return check_solver(solver, problems=drawn, dtype=dtype, max_examples=examples)
 
 
-def _adjoint(adjoint: Any, order: Any, examples: int) -> Any:
-    return check_adjoint(adjoint, order=order, max_examples=examples)
+def _adjoint(adjoint: Any, order: Any, dtype: torch.dtype, examples: int) -> Any:
+    return check_adjoint(adjoint, order=order, dtype=dtype, max_examples=examples)
 
 
 TABLES: dict[str, Callable[[], Rows]] = {

@@ -171,6 +171,7 @@ def test_a_value_in_the_place_of_a_strategy_is_told(make, words):
         "checks",
         "finite_difference",
         "gradients",
+        "linear_checks",
         "problems",
         "solver_checks",
         "strategies.problems",

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev
 
 import implicitlayers as il
-from implicitlayers.testing.strategies.tensors import Device, eighths, expect_strategy, matrices, spd_matrices, tensors
+from implicitlayers.testing.strategies.tensors import (
+    Device,
+    eighths,
+    expect_strategy,
+    matrices,
+    sizes,
+    spd_matrices,
+    tensors,
+)
 
 __all__ = ["Example", "Problem", "contractions", "layers", "strongly_convex_problems"]
 
@@ -30,6 +38,9 @@ class Problem:
         x0: a start.
         params: tensors that the answer depends on.
         solution: ``(*params) -> x``, by a formula or by a dense solve; differentiable by torch.func, twice.
+
+    What `function` and `solution` capture follows the type and device of what they are given, so that a problem in
+    float32 has a known answer in float64 as well.
     """
 
     name: str
@@ -60,7 +71,7 @@ def newton(function: Callable[..., Tensor], x0: Tensor) -> Callable[..., Tensor]
     """
 
     def solution(*params: Tensor) -> Tensor:
-        fixed, x = [p.detach() for p in params], x0
+        fixed, x = [p.detach() for p in params], x0.to(params[0])
         for at in [fixed] * 20 + [params] * 2:
             x = x - torch.linalg.solve(hessian(function)(x, *at), grad(function)(x, *at))
         return x
@@ -97,7 +108,7 @@ def strongly_convex_problems(
         True
     """
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    n = draw(st.integers(1, max_size))
+    n = draw(sizes("n", None, max_size))
     A = draw(spd_matrices(n, condition, **options))
     b, x0 = draw(tensors((n,), **options)), draw(tensors((n,), **options))
     lam = draw(tensors((), elements=eighths(0.125, 2.0), **options))
@@ -113,7 +124,7 @@ def strongly_convex_problems(
         return Problem(family, "argmin", _ridge(X), x0, (y, lam), _ridge_solution(X))
 
     def quartic(x: Tensor, theta: Tensor) -> Tensor:
-        return x @ A @ x / 2 + x.pow(4).sum() / 4 - theta @ x
+        return x @ A.to(x) @ x / 2 + x.pow(4).sum() / 4 - theta @ x
 
     return Problem(family, "argmin", quartic, x0, (b,), newton(quartic, x0))
 
@@ -123,21 +134,30 @@ def _quadratic(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
 
 
 def _proximal(A: Tensor, b: Tensor) -> Callable[..., Tensor]:
-    return lambda x, theta, lam: _quadratic(x, A, b) + lam * (x - theta).square().sum() / 2
+    return lambda x, theta, lam: _quadratic(x, A.to(x), b.to(x)) + lam * (x - theta).square().sum() / 2
 
 
 def _proximal_solution(A: Tensor, b: Tensor) -> Callable[..., Tensor]:
-    eye = torch.eye(len(b), dtype=b.dtype, device=b.device)
-    return lambda theta, lam: torch.linalg.solve(A + lam * eye, b + lam * theta)
+    def solution(theta: Tensor, lam: Tensor) -> Tensor:
+        return torch.linalg.solve(A.to(theta) + lam * _eye(theta), b.to(theta) + lam * theta)
+
+    return solution
+
+
+def _eye(b: Tensor) -> Tensor:
+    return torch.eye(len(b), dtype=b.dtype, device=b.device)
 
 
 def _ridge(X: Tensor) -> Callable[..., Tensor]:
-    return lambda w, y, lam: (X @ w - y).square().sum() / 2 + lam * w.square().sum() / 2
+    return lambda w, y, lam: (X.to(w) @ w - y).square().sum() / 2 + lam * w.square().sum() / 2
 
 
 def _ridge_solution(X: Tensor) -> Callable[..., Tensor]:
-    eye = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
-    return lambda y, lam: torch.linalg.solve(X.mT @ X + lam * eye, X.mT @ y)
+    def solution(y: Tensor, lam: Tensor) -> Tensor:
+        A, b = X.to(y).mT @ X.to(y), X.to(y).mT @ y
+        return torch.linalg.solve(A + lam * _eye(b), b)
+
+    return solution
 
 
 @st.composite
@@ -167,7 +187,9 @@ def contractions(
         True
     """
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    n = draw(st.integers(1, max_size))
+    if not 0 < rate < 1:
+        raise ValueError(f"rate is {rate!r}, but a contraction shrinks distances; pass a number between 0 and 1.")
+    n = draw(sizes("n", None, max_size))
     M = draw(matrices(n, 4.0, **options))
     M = rate * M / torch.linalg.matrix_norm(M, 2)
     b, x0 = draw(tensors((n,), **options)), draw(tensors((n,), **options))
@@ -181,7 +203,7 @@ def _tanh(x: Tensor, M: Tensor, b: Tensor) -> Tensor:
 
 
 def _affine_point(M: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.solve(torch.eye(len(b), dtype=b.dtype, device=b.device) - M, b)
+    return torch.linalg.solve(_eye(b) - M, b)
 
 
 def _tanh_point(x0: Tensor) -> Callable[..., Tensor]:
@@ -189,7 +211,7 @@ def _tanh_point(x0: Tensor) -> Callable[..., Tensor]:
         return x - _tanh(x, M, b)
 
     def solution(*params: Tensor) -> Tensor:
-        fixed, x = [p.detach() for p in params], x0
+        fixed, x = [p.detach() for p in params], x0.to(params[0])
         for at in [fixed] * 30 + [params] * 2:
             x = x - torch.linalg.solve(jacrev(residual)(x, *at), residual(x, *at))
         return x

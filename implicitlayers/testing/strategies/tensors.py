@@ -12,7 +12,7 @@ import torch
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-__all__ = ["Device", "eighths", "expect_strategy", "matrices", "spd_matrices", "tensors", "trees"]
+__all__ = ["Device", "at_least", "eighths", "expect_strategy", "matrices", "spd_matrices", "tensors", "trees"]
 
 Device = torch.device | str
 
@@ -29,19 +29,32 @@ def expect_strategy(name: str, given: Any, hint: str) -> SearchStrategy[Any]:
     )
 
 
+def at_least(name: str, given: Any, least: float) -> Any:
+    """Return a number, or raise a ValueError if it is smaller, or none."""
+    if not given >= least:
+        raise ValueError(f"{name} is {given!r}, but has to be at least {least}; pass {least} or more.")
+    return given
+
+
+def expect_floating(dtype: torch.dtype, otherwise: str = "") -> None:
+    """Raise a TypeError for a type that cannot hold the numbers that are drawn."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}, but real floating numbers are drawn; pass torch.float64{otherwise}.")
+
+
 def sizes(name: str, n: int | SearchStrategy[int] | None, max_size: int, min_size: int = 1) -> SearchStrategy[int]:
     """A strategy for a length, given as a number, as a strategy, or only by its limit."""
     if n is None:
-        return st.integers(min_size, max_size)
-    if isinstance(n, int):
-        return st.just(n)
+        return st.integers(min_size, at_least("max_size", max_size, min_size))
+    if isinstance(n, int) and not isinstance(n, bool):
+        return st.just(at_least(name, n, min_size))
     return expect_strategy(name, n, "st.integers(1, 5)")
 
 
 def limits(condition: float | SearchStrategy[float]) -> SearchStrategy[float]:
     """A strategy for a largest condition number, given as a number or as a strategy."""
     if isinstance(condition, (int, float)):
-        return st.just(condition)
+        return st.just(at_least("condition", condition, 1))
     return expect_strategy("condition", condition, "st.floats(1, 100)")
 
 
@@ -74,9 +87,12 @@ def tensors(
         >>> tensors((2,)).example().shape
         torch.Size([2])
     """
-    elements = eighths() if elements is None else expect_strategy("elements", elements, "st.floats(-1, 1)")
+    if elements is None:
+        expect_floating(dtype, ", or elements=st.integers(0, 3) for integers")
+        elements = eighths()
+    elements = expect_strategy("elements", elements, "st.floats(-1, 1)")
     if shape is None:
-        shape = st.lists(st.integers(1, max_size), max_size=2).map(tuple)
+        shape = st.lists(sizes("shape", None, max_size), max_size=2).map(tuple)
     if not isinstance(shape, tuple):
         shape = draw(expect_strategy("shape", shape, "st.tuples(st.integers(1, 4))"))
     assert isinstance(shape, tuple)
@@ -152,6 +168,7 @@ def spd_matrices(
         >>> bool(torch.linalg.cond(A) < 100.01)
         True
     """
+    expect_floating(dtype)
     size = draw(sizes("n", n, max_size))
     limit = draw(limits(condition))
     exponents = draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))
@@ -185,6 +202,7 @@ def matrices(
         >>> bool(torch.linalg.matrix_rank(matrices(3).example()) == 3)
         True
     """
+    expect_floating(dtype)
     size = draw(sizes("n", n, max_size))
     exponents = draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))
     values = draw(limits(condition)) ** (torch.tensor(exponents, dtype=torch.float64) / 8)
