@@ -13,7 +13,7 @@ from applications.datasets.glyphs import glyphs
 from applications.datasets.images import ClassImages
 from applications.datasets.mini_imagenet import mini_imagenet
 from applications.datasets.omniglot import omniglot
-from applications.datasets.partitions import SPLIT_SIZES, SPLITS, partition
+from applications.datasets.partitions import SPLIT_SIZES, SPLITS, own_split, partition
 from applications.datasets.sheet import contact_sheet
 from applications.datasets.sinusoid import Sinusoids, SinusoidTasks
 from applications.datasets.splits import check_disjoint, split_classes
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "mini_imagenet",
     "omniglot",
+    "own_split",
     "partition",
     "split_classes",
 ]

@@ -76,7 +76,7 @@ def partition(
         ValueError: if the dataset has no such split or too few classes for it.
     """
     if split is None:
-        split = "files" if data == "folder" and dataset.parts else SPLITS[data][0]
+        split = own_split(data, has_parts=bool(dataset.parts))
     if split not in SPLITS[data]:
         raise ValueError(f"split={split!r} is no split of {data}; pass one of {', '.join(SPLITS[data])}.")
     if split in ("seed", "maml"):
@@ -87,6 +87,19 @@ def partition(
     chosen = {name: torch.tensor(indices, dtype=torch.int64) for name, indices in parts.items()}
     check_disjoint(chosen)
     return chosen
+
+
+def own_split(data: str, *, has_parts: bool) -> str:
+    """The split that a dataset has where none is asked for.
+
+    Args:
+        data: name of the dataset, a key of ``SPLITS``.
+        has_parts: whether its files put every class into a part.
+
+    Returns:
+        Name of the split.
+    """
+    return "files" if data == "folder" and has_parts else SPLITS[data][0]
 
 
 def _shares(dataset: ClassImages) -> dict[str, int]:

@@ -12,7 +12,7 @@ import typer
 from applications.datasets.download import download as fetch
 from applications.datasets.omniglot import MINIMAL
 from applications.imaml.answer_sheet import draw_answers
-from applications.imaml.answers import SHEET, TABLE, answer
+from applications.imaml.answers import SHEET, TABLE, answer, check_outside
 from applications.imaml.checkpoint import CheckpointName
 from applications.imaml.config import (
     AlgorithmName,
@@ -33,11 +33,12 @@ from applications.imaml.episodes import SplitName
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.explained import explained
 from applications.imaml.fewshot import Learner
+from applications.imaml.idle import refuse_idle
 from applications.imaml.paper.commands import figures, paper_command
 from applications.imaml.processes import joined
 from applications.imaml.race import PICTURE, Race, race
 from applications.imaml.race import TABLE as RACE_TABLE
-from applications.imaml.run_folder import CONFIG, CURVE, METRICS
+from applications.imaml.run_folder import CONFIG, CURVE, METRICS, check_report
 from applications.imaml.train import Limits, train
 from applications.imaml.variants import VARIANTS, Subject
 from applications.imaml.words import counted
@@ -121,6 +122,7 @@ def train_command(
             given["queries"] = shots if queries is None else queries
             given["lam"] = usual_lam(algorithm) if lam is None else lam
             config = processes.from_first(lambda: Config(**given))
+            processes.from_first(lambda: refuse_idle([config], _typed(context)))
         limits = processes.from_first(lambda: Limits(time_limit, quiet, tensorboard))
         processes.alike(lambda: processes.check(config))
         if download:
@@ -172,8 +174,10 @@ def evaluate_command(
         )
         saved = Config.load(run / CONFIG)
         config = replace(saved, root=root or saved.root, device=device, threads=threads)
-        evaluation = evaluate(config, run, protocol)
+        refuse_idle([config], _typed(context))
         path = run / REPORT if report is None else report
+        check_report(path)
+        evaluation = evaluate(config, run, protocol)
         evaluation.save(path)
         typer.echo(str(evaluation))
         typer.echo(f"{path}, {path.with_suffix('.csv')}")
@@ -198,6 +202,7 @@ def adapt_command(
     """Learn classes of your own from a few images of each, and classify others: a table and a picture."""
     with explained(context):
         folder = out or run
+        check_outside(folder, support, query)
         learner = Learner.load(
             run, device=device, inner_steps=inner_steps, batch_norm=batch_norm, checkpoint=checkpoint
         )
@@ -206,6 +211,15 @@ def adapt_command(
         answers.save(folder / TABLE)
         draw_answers(answers, folder / SHEET)
         typer.echo(f"{answers}; {folder / TABLE}, {folder / SHEET}")
+        if answers.ignored:
+            typer.echo(f"{counted(answers.ignored, 'file')} ignored, hidden or not .png, .jpg, .bmp or .webp", err=True)
+        if learner.config.batch_norm == "transductive" and len(answers.query_names) < len(answers.classes):
+            asked = counted(len(answers.query_names), "query image")
+            typer.echo(
+                f"warning: {asked} normalised by statistics of their own, which misleads where not all classes are "
+                f"among them; --batch-norm support judges each by itself",
+                err=True,
+            )
 
 
 @app.command("demo")
@@ -228,7 +242,7 @@ def race_command(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="folder of the race; an unfinished one goes on")],
     of: Annotated[
-        Subject, typer.Option("--of", help="what the runners differ in: the linear system, or the inner problem")
+        Subject, typer.Option("--of", help="what the runners differ in: the linear system, the inner problem, or all")
     ] = Race.subject,
     variant: Annotated[
         list[str] | None, typer.Option(help=f"{_RUNNERS}; several times for several; all by default")
@@ -247,6 +261,9 @@ def race_command(
     validation_tasks: Annotated[int, _option("validation_tasks")] = Config.validation_tasks,
     device: Annotated[str, _option("device")] = Config.device,
     threads: Annotated[int, _option("threads")] = Config.threads,
+    tight: Annotated[
+        bool, typer.Option(help="compare the last meta-gradient with a tight reference: half a minute a run")
+    ] = Race.tight,
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
 ) -> None:
     """Compare meta-gradients by what they learn in equal meta-steps and in equal time: a table and a picture."""
@@ -258,7 +275,8 @@ def race_command(
         )  # fmt: skip
         with explained(context, tasks="test_tasks"):
             protocol = Protocol(tasks=test_tasks)
-        plan = Race(base, of, tuple(variant or ()), seeds, protocol.tasks)
+        plan = Race(base, of, tuple(variant or ()), seeds, protocol.tasks, tight)
+        refuse_idle(plan.runners().values(), _typed(context))
         done = race(plan, out, typer.echo, quiet=quiet)
         typer.echo(f"{'done' if done else 'stopped (the same command goes on)'}: {out / RACE_TABLE}, {out / PICTURE}")
 
@@ -276,11 +294,8 @@ def _fetch(config: Config) -> None:
 
 def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Config:
     """The settings of a saved run, with those changed that were given and may be."""
-    typed = {}
-    for name, value in given.items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and value != getattr(saved, name):
-            typed[name] = value
+    there = _typed(context)
+    typed = {name: value for name, value in given.items() if name in there and value != getattr(saved, name)}
     # The cosine reaches zero at the last meta-step, so another last meta-step would be another schedule.
     fixed = {"meta_steps"} if saved.schedule == "cosine" else set()
     for name, value in typed.items():
@@ -289,7 +304,15 @@ def _resumed(saved: Config, given: dict[str, Any], context: typer.Context) -> Co
                 f"{name}={value!r} differs from the run's {getattr(saved, name)!r}, and a resumed run goes on as it "
                 f"began; leave the option out, or start a run in a new folder."
             )
-    return replace(saved, **typed)
+    config = replace(saved, **typed)
+    refuse_idle([config], typed)
+    return config
+
+
+def _typed(context: typer.Context) -> list[str]:
+    """Names of the settings that were given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 if __name__ == "__main__":

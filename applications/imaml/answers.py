@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from applications.datasets.archives import files_below
 from applications.datasets.decoding import Form, decode
 from applications.datasets.trees import class_files, image_files
 from applications.imaml.checkpoint import write_atomically
+from applications.imaml.config import ConfigError
 from applications.imaml.fewshot import Learner
 from applications.imaml.words import counted
 
@@ -32,6 +34,7 @@ class Answers:
         query_names: their paths below the folder of queries.
         truths: the class whose folder each lies in, or -1 if it lies in none, ``[queries]``.
         probabilities: of each class, ``[queries, classes]``.
+        ignored: number of files in both folders that are no images, or hidden.
     """
 
     classes: tuple[str, ...]
@@ -41,6 +44,7 @@ class Answers:
     query_names: tuple[str, ...]
     truths: Tensor
     probabilities: Tensor
+    ignored: int = 0
 
     def __str__(self) -> str:
         known = self.truths >= 0
@@ -105,7 +109,27 @@ def answer(learner: Learner, support: Path, query: Path) -> Answers:
     truths = torch.tensor([places.get(path.relative_to(query).parent.as_posix(), -1) for path in asked])
     queries = _decoded(asked, form)
     names = tuple(path.relative_to(query).as_posix() for path in asked)
-    return Answers(classes, images, labels, queries, names, truths, learned.probabilities(queries))
+    ignored = sum(1 for folder in (support, query) for _ in files_below(folder)) - len(paths) - len(asked)
+    return Answers(classes, images, labels, queries, names, truths, learned.probabilities(queries), ignored)
+
+
+def check_outside(out: Path, support: Path, query: Path) -> None:
+    """Refuse a folder for answers among the images: the next time its picture would be asked about as well.
+
+    Args:
+        out: folder for the answers.
+        support: folder of the images to learn from.
+        query: folder of those to classify.
+
+    Raises:
+        ConfigError: if it is in one of the others.
+    """
+    for name, images in (("support", support), ("query", query)):
+        if out.resolve().is_relative_to(images.resolve()):
+            raise ConfigError(
+                f"out={str(out)!r} lies in {name}={str(images)!r}, and the picture of the answers would be taken for "
+                f"one of its images the next time; pass a folder outside of it."
+            )
 
 
 def _decoded(paths: list[Path], form: Form) -> Tensor:

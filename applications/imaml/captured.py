@@ -19,6 +19,7 @@ import torch
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.meta_step import MetaStep
 from applications.imaml.processes import Processes
+from applications.imaml.run_folder import RunError
 
 # Libraries choose and allocate what they need in the first steps, and Adam makes its moments in the first.
 WARM_UP = 3
@@ -93,12 +94,21 @@ class CapturedStep:
         self._replay: Callable[[], None] | None = None
 
     def __call__(self) -> None:
-        """Take the step."""
+        """Take the step.
+
+        Raises:
+            RunError: if it cannot be recorded.
+        """
         if self._replay is None:
             before = {name: value.detach().clone() for name, value in self._step.tensors().items()}
             self._recorder.warm_up(self._step)
             self._step.restore(before)
-            self._replay = self._recorder.record(self._step, self._step.generator)
+            try:
+                self._replay = self._recorder.record(self._step, self._step.generator)
+            except RuntimeError as error:
+                raise RunError(
+                    f"the meta-step could not be recorded as a CUDA graph ({error}); pass graph=False."
+                ) from error
         self._replay()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from applications.datasets import SPLIT_SIZES, ClassImages, check_disjoint, load, partition
+from applications.imaml.checkpoint import CheckpointError
 from applications.imaml.config import Config
 
 SplitName = Literal["train", "validation", "test"]
@@ -89,6 +92,49 @@ def check_ways(splits: Mapping[SplitName, ClassImages], ways: int) -> None:
             "classes, lay them out in folders train, validation and test, or pass ways of at most "
             f"{min(sizes.values())}."
         )
+
+
+def identity_of(splits: Mapping[SplitName, ClassImages]) -> dict[str, Any]:
+    """What tells the data of a run from other data: which classes are for what, and the shape of their images.
+
+    A class folder that is added moves others from one part to another. Where the files lie does not matter, and their
+    pixels are not looked at: another version of a decoder rounds otherwise.
+
+    Args:
+        splits: of a run.
+
+    Returns:
+        The SHA-256 of names, parts and shapes; and the number of classes of each part, for people. Fits JSON.
+    """
+    told = {name: [list(part.names), list(part.images.shape)] for name, part in splits.items()}
+    return {
+        "sha256": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+        "classes": {name: part.classes for name, part in splits.items()},
+    }
+
+
+def check_same_data(saved: Mapping[str, Any] | None, splits: Mapping[SplitName, ClassImages]) -> None:
+    """Refuse to go on with, or to judge by, other classes than a run was begun with.
+
+    Args:
+        saved: identity of the data that the run was begun with; None if it doesn't say, as runs once did not.
+        splits: of what is there now.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    found = identity_of(splits)
+    if saved is None or saved["sha256"] == found["sha256"]:
+        return
+    before, now = (
+        ", ".join(f"{count} for {name}" for name, count in each["classes"].items()) for each in (saved, found)
+    )
+    raise CheckpointError(
+        f"{next(iter(splits.values())).source} is not what the run was trained on: its classes were {before}, and are "
+        f"{now}, with other names, in other parts or with other images, so that some may be tested on that were "
+        f"trained on; bring the classes back as they were, pass root=FOLDER that has them, or train a run in a new "
+        f"folder."
+    )
 
 
 class TaskSampler:

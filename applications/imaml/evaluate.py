@@ -9,20 +9,29 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from applications.datasets import ClassImages
+from applications.datasets import ClassImages, own_split
 from applications.imaml.algorithms import accuracy, adapt, learnt_strengths, query_logits
 from applications.imaml.checkpoint import CheckpointName, write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import SplitName, Tasks, TaskSampler, generator_for, load_splits
+from applications.imaml.episodes import (
+    SplitName,
+    Tasks,
+    TaskSampler,
+    check_same_data,
+    generator_for,
+    load_splits,
+)
+from applications.imaml.idle import idle
 from applications.imaml.networks import Parameters
 from applications.imaml.processes import Processes
 from applications.imaml.products import Products
+from applications.imaml.run_folder import CONFIG
 from applications.imaml.trained import Network, load_network
 from applications.imaml.words import counted
 
@@ -140,8 +149,10 @@ class Evaluation:
     """A measured accuracy, and what it depends on.
 
     Args:
-        config: of the run, with what the protocol has otherwise.
+        run: settings of the run.
+        config: the same, with what the protocol has otherwise.
         protocol: how it was measured.
+        partition: name of the split into training, validation and test classes.
         source: what the images are.
         classes: number of classes of the split.
         meta_step: meta-steps that led to the network.
@@ -149,8 +160,10 @@ class Evaluation:
         learnt_lam: the strengths by layer, where they were learnt.
     """
 
+    run: Config
     config: Config
     protocol: Protocol
+    partition: str
     source: str
     classes: int
     meta_step: int
@@ -162,14 +175,14 @@ class Evaluation:
         """Whether tasks were learnt with a pull: the protocol may leave it out, and not every algorithm has one."""
         return self.protocol.regularized and bool(self.config.lam)
 
-    def row(self) -> dict[str, str | int | float]:
-        """The accuracy in percent, its 95 % interval, and everything that they depend on."""
-        config = self.config
+    def row(self) -> dict[str, Any]:
+        """The accuracy in percent, its 95 % interval, and everything that they depend on; None for what isn't used."""
+        config, unused = self.config, idle(self.run)
         mean, interval = mean_and_interval(self.measured.after)
         return {
             "data": config.data,
             "source": self.source,
-            "partition": config.split or "own",
+            "partition": self.partition,
             "split": f"{self.protocol.split}, {self.classes} classes",
             "ways": config.ways,
             "shots": config.shots,
@@ -180,8 +193,13 @@ class Evaluation:
             "inner_steps": config.inner_steps,
             "inner_lr": config.inner_lr,
             "regularized": self.regularized,
-            "lam": config.lam if self.regularized else 0.0,
+            "lam": None if self.learnt_lam else config.lam if self.regularized else 0.0,
             "learn_lam": config.learn_lam,
+            "learnt_lam": dict(self.learnt_lam) or None,
+            "query_sets": config.query_sets,
+            "curvature": None if "curvature" in unused else config.curvature,
+            "cg_steps": None if "cg_steps" in unused else config.cg_steps,
+            "tasks_per_meta_step": config.tasks,
             "checkpoint": self.protocol.checkpoint,
             "meta_step": self.meta_step,
             "training_seed": config.seed,
@@ -197,20 +215,21 @@ class Evaluation:
         row = self.row()
         step = "" if row["inner"] in ("hessian-free", "lbfgs") else f" of lr {row['inner_lr']:g}"
         learnt = self.learnt_lam.values()
-        lam = f"lam learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"lam {row['lam']:g}"
+        lam = f"lam learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"lam {self.config.lam:g}"
         pull = lam if self.regularized else "not regularized"
         queries, meta_steps = counted(self.config.queries, "query image"), counted(self.meta_step, "meta-step")
         steps = counted(self.config.inner_steps, f"{self.config.inner} step")
         return (
             f"{row['source']} {row['ways']}-way {row['shots']}-shot, {queries} a class | "
-            f"{row['split']} | {row['algorithm']}, {meta_steps} ({row['checkpoint']} checkpoint), "
+            f"{row['split']} of split {row['partition']}, split seed {row['split_seed']} | "
+            f"{row['algorithm']}, {meta_steps} ({row['checkpoint']} checkpoint), "
             f"seed {row['training_seed']} | {steps}{step}, {pull} | batch norm {row['batch_norm']} | "
             f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
             f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
         )
 
     def save(self, path: Path) -> None:
-        """Write the row and the settings as JSON, and beside it the accuracy of every task as CSV.
+        """Write the row, the run's settings and the protocol as JSON, and beside it the accuracy of every task as CSV.
 
         Args:
             path: JSON to write; the CSV is called alike.
@@ -221,7 +240,7 @@ class Evaluation:
         before, after = ([f"{value:.8g}" for value in part.tolist()] for part in self.measured)
         table.writerows(zip(range(self.protocol.tasks), before, after, strict=True))
         write_atomically(path.with_suffix(".csv"), text.getvalue().encode())
-        content = {"row": self.row(), "learnt_lam": dict(self.learnt_lam), "config": asdict(self.config)}
+        content = {"row": self.row(), "config": asdict(self.run), "protocol": asdict(self.protocol)}
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -237,7 +256,7 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
         The evaluation.
 
     Raises:
-        CheckpointError: if there is no checkpoint to read.
+        CheckpointError: if there is no checkpoint to read, or the data are not those of the run.
         ConfigError: if the run's split has no classes for this.
         OSError: if the dataset cannot be read.
         ValueError: if it is damaged, or too small for these tasks.
@@ -245,12 +264,13 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
     device = use(replace(config, precision="float32"))
     network = load_network(folder, device, protocol.checkpoint)
     splits = load_splits(config, device)
+    check_same_data(network.data, splits)
     if protocol.split not in splits:
         raise ConfigError(
             f"split={protocol.split!r} has no classes, since the run's split, {config.split or 'its own'}, has none "
             f"for it; pass one of {', '.join(splits)}."
         )
-    return measure(config, network, splits[protocol.split], protocol)
+    return replace(measure(config, network, splits[protocol.split], protocol), run=Config.load(folder / CONFIG))
 
 
 def measure(config: Config, network: Network, dataset: ClassImages, protocol: Protocol) -> Evaluation:
@@ -268,11 +288,14 @@ def measure(config: Config, network: Network, dataset: ClassImages, protocol: Pr
     Raises:
         ValueError: if the dataset is too small for these tasks.
     """
-    config = protocol.applied(config)
+    run, config = config, protocol.applied(config)
     adapting = config if protocol.regularized else _unregularized(config)
     measured = accuracies(network.theta, sampler_for(config, dataset, protocol), adapting, protocol.tasks)
     learnt = learnt_strengths(network.theta) if protocol.regularized else {}
-    return Evaluation(config, protocol, dataset.source, dataset.classes, network.meta_step, measured, learnt)
+    partition = config.split or own_split(config.data, has_parts=bool(dataset.parts))
+    return Evaluation(
+        run, config, protocol, partition, dataset.source, dataset.classes, network.meta_step, measured, learnt
+    )
 
 
 def _unregularized(config: Config) -> Config:

@@ -29,7 +29,7 @@ class MetaStep:
         sampler: draws the tasks.
         config: of the run.
         processes: those that share the tasks of a meta-step, this one among them.
-        capturable: whether Adam keeps its count and its rate on the device, where a recorded step finds them. It rounds
+        capturable: whether Adam keeps its rate on the device as well, where a recorded step finds it. It rounds
             otherwise than on the host, so it must be the same throughout a run, recorded or not.
     """
 
@@ -41,7 +41,8 @@ class MetaStep:
         self._meta_loss = meta_loss(config)
         like = next(iter(theta.values()))
         self.meter = Meter(like.device)
-        self._optimizer = torch.optim.Adam(theta.values(), lr=config.meta_lr, capturable=capturable)
+        # Fused, since PyTorch would choose by the device, and what a CPU tests be another path than what a GPU runs.
+        self._optimizer = torch.optim.Adam(theta.values(), lr=config.meta_lr, capturable=capturable, fused=True)
         self._capturable = capturable
         if capturable:
             # Not handed over above, where Adam would ask the device whether it is positive.
@@ -99,8 +100,7 @@ class MetaStep:
         state = self._optimizer.state[parameter]
         for key, value in saved.items():
             if key not in state and value is not None:
-                on_device = key != "step" or self._capturable
-                state[key] = value.to(parameter.device if on_device else "cpu", copy=True)
+                state[key] = value.to(parameter.device, copy=True)
             elif key in state and value is not None:
                 state[key].copy_(value)
             elif key in state:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,20 +18,21 @@ from applications.imaml import checkpoint
 from applications.imaml.checkpoint import write_atomically
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import TaskSampler, generator_for, load_splits
+from applications.imaml.episodes import TaskSampler, check_same_data, generator_for, load_splits
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
 from applications.imaml.exactness import Exactness, exactness
+from applications.imaml.idle import idle
 from applications.imaml.metrics import read_metrics
 from applications.imaml.race_picture import Curve, draw_race
 from applications.imaml.run_folder import CONFIG, METRICS, RunError
 from applications.imaml.train import Limits, train
 from applications.imaml.trained import load_network
-from applications.imaml.variants import VARIANTS, Subject
+from applications.imaml.variants import NOTES, VARIANTS, Subject
 from applications.imaml.words import counted
 
 TABLE, PICTURE = "race.md", "race.png"
 EXACTNESS = "exactness.json"
-# The exact meta-gradient of one task takes as long as sixty meta-steps, and half a minute of these.
+# The tight reference of one task takes as long as sixty meta-steps, and that of these half a minute.
 _EXACTNESS_TASKS = 8
 
 
@@ -46,6 +47,7 @@ class Race:
         variants: names out of it; all if there are none.
         seeds: how many, from 0.
         test_tasks: tasks on unseen classes, for the accuracy after the last meta-step.
+        tight: whether the last meta-gradient of a run is compared with a tight reference.
 
     Raises:
         ConfigError: if there is no such variant, the base cannot be with one of them, or no validation accuracy is
@@ -57,6 +59,7 @@ class Race:
     variants: tuple[str, ...] = ()
     seeds: int = 2
     test_tasks: int = 300
+    tight: bool = True
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.variants if name not in VARIANTS[self.subject]]
@@ -77,8 +80,12 @@ class Race:
     def cells(self) -> Iterator[tuple[str, Config]]:
         """Name of the variant and settings of every cell; a seed at a time, so that what is there compares."""
         for seed in range(self.seeds):
-            for name in self.names:
-                yield name, replace(self.base, seed=seed, **VARIANTS[self.subject][name])
+            for name, config in self.runners().items():
+                yield name, replace(config, seed=seed)
+
+    def runners(self) -> dict[str, Config]:
+        """Settings of every variant, seed aside, by its name."""
+        return {name: replace(self.base, **VARIANTS[self.subject][name]) for name in self.names}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,7 +103,7 @@ class Result(NamedTuple):
         source: what the images are; empty if it was not evaluated.
         accuracy: on test tasks, in percent; NaN where the run broke down.
         interval: 95 % interval over the tasks.
-        exactness: of its meta-gradient, after the last meta-step.
+        exactness: of its meta-gradient, after the last meta-step, if it was compared.
     """
 
     variant: str
@@ -105,7 +112,7 @@ class Result(NamedTuple):
     source: str
     accuracy: float
     interval: float
-    exactness: Exactness = Exactness(*[math.nan] * 5)
+    exactness: Exactness = Exactness(*[math.nan] * 6)
 
 
 def race(plan: Race, out: Path, tell: Callable[[str], None], *, quiet: bool = False) -> bool:
@@ -114,7 +121,7 @@ def race(plan: Race, out: Path, tell: Callable[[str], None], *, quiet: bool = Fa
     Args:
         plan: what is compared.
         out: folder of the race; gets one folder a cell, race.md and race.png.
-        tell: is given a line for every cell.
+        tell: is given a line for every cell, and one before a meta-gradient is compared with the reference.
         quiet: show no progress of the cells.
 
     Returns:
@@ -128,17 +135,19 @@ def race(plan: Race, out: Path, tell: Callable[[str], None], *, quiet: bool = Fa
     results: list[Result] = []
     for name, config in plan.cells():
         folder = out / f"{name}-seed{config.seed}"
-        result = _cell(name, config, folder, Protocol(tasks=plan.test_tasks), quiet)
+        result = _cell(name, config, folder, plan, tell, quiet)
         if result is None:
             return False
         results.append(result)
-        draw_race([(each.variant, each.curve) for each in results], _title(config, results), out / PICTURE)
+        draw_race([(each.variant, each.curve) for each in results], _title(plan, results), out / PICTURE)
         write_atomically(out / TABLE, table(plan, results).encode())
         tell(f"{folder}: {_percent(result.accuracy)} ± {_percent(result.interval)} % after {result.meta_steps}")
     return True
 
 
-def _cell(name: str, config: Config, folder: Path, protocol: Protocol, quiet: bool) -> Result | None:
+def _cell(
+    name: str, config: Config, folder: Path, plan: Race, tell: Callable[[str], None], quiet: bool
+) -> Result | None:
     """Run a cell, or read what it came to; None if it was interrupted."""
     begun = (folder / CONFIG).exists()
     if begun:
@@ -164,9 +173,9 @@ def _cell(name: str, config: Config, folder: Path, protocol: Protocol, quiet: bo
     curve = _curve(read_metrics(folder / METRICS), config)
     if broke_down:
         return Result(name, curve, done, "", math.nan, math.nan)
-    row = _evaluated(config, folder, protocol)
-    exact = _exactness(config, folder)
-    return Result(name, curve, done, row["source"], row["accuracy"], row["interval"], exact)
+    row = _evaluated(config, folder, Protocol(tasks=plan.test_tasks))
+    result = Result(name, curve, done, row["source"], row["accuracy"], row["interval"])
+    return result._replace(exactness=_exactness(config, folder, tell)) if plan.tight else result
 
 
 def _meta_steps(folder: Path) -> int:
@@ -184,18 +193,20 @@ def _evaluated(config: Config, folder: Path, protocol: Protocol) -> dict[str, An
     return evaluation.row()
 
 
-def _exactness(config: Config, folder: Path) -> Exactness:
+def _exactness(config: Config, folder: Path, tell: Callable[[str], None]) -> Exactness:
     path = folder / EXACTNESS
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved.pop("meta_step") == config.meta_steps:
             return Exactness(**saved)
+    tell(f"{folder}: comparing the meta-gradient of {_EXACTNESS_TASKS} tasks with a tight reference, for half a minute")
     device = use(config)
-    splits = load_splits(config, device)
+    splits, network = load_splits(config, device), load_network(folder, device)
+    check_same_data(network.data, splits)
     images = splits.get("validation", splits["train"])
     generator = generator_for(0, "exactness tasks", device)
     tasks = TaskSampler(images, config.ways, config.shots, config.queries, generator, config.query_sets)
-    found = exactness(load_network(folder, device).theta, tasks.sample(_EXACTNESS_TASKS), config)
+    found = exactness(network.theta, tasks.sample(_EXACTNESS_TASKS), config)
     content = {"meta_step": config.meta_steps, **found._asdict()}
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
     return found
@@ -218,14 +229,36 @@ def _curve(metrics: dict[str, list[float]], config: Config) -> Curve:
     )
 
 
-def _title(config: Config, results: Sequence[Result]) -> str:
-    source = next((result.source for result in results if result.source), config.data)
-    steps, cg_steps = counted(config.inner_steps, "step"), counted(config.cg_steps, "CG step")
-    # Where a variant says otherwise, it is for itself.
-    return (
-        f"{source}, {config.ways}-way {config.shots}-shot; lam {config.lam:g}, {steps} of {config.inner} "
-        f"(lr {config.inner_lr:g}), {cg_steps}"
-    )
+def _title(plan: Race, results: Sequence[Result]) -> str:
+    """What all runners share."""
+    runners = list(plan.runners().values())
+    one = runners[0]
+
+    def shared(*names: str) -> bool:
+        return all(getattr(runner, name) == getattr(one, name) for runner in runners for name in names)
+
+    source = next((result.source for result in results if result.source), one.data)
+    told = [f"lam {one.lam:g}"] if shared("lam") else []
+    if shared("inner", "inner_steps"):
+        rate = f" (lr {one.inner_lr:g})" if shared("inner_lr") and "inner_lr" not in idle(one) else ""
+        told.append(f"{counted(one.inner_steps, 'step')} of {one.inner}{rate}")
+    if shared("cg_steps"):
+        told.append(counted(one.cg_steps, "CG step"))
+    return f"{source}, {one.ways}-way {one.shots}-shot" + (f"; {', '.join(told)}" if told else "")
+
+
+def _settings(plan: Race) -> list[str]:
+    """A line a runner: the options of ``train`` in which the runners differ and which it uses."""
+    runners = plan.runners()
+    names = [entry.name for entry in fields(Config)]
+    differing = [name for name in names if len({getattr(runner, name) for runner in runners.values()}) > 1]
+    lines = []
+    for runner, config in runners.items():
+        unused = idle(config)
+        options = (f"--{name.replace('_', '-')} {getattr(config, name)}" for name in differing if name not in unused)
+        note = NOTES.get((plan.subject, runner))
+        lines.append(f"- {runner}: `{' '.join(options)}`" + (f"; {note}" if note else ""))
+    return ["", *lines] if differing else []
 
 
 def table(plan: Race, results: Sequence[Result]) -> str:
@@ -236,19 +269,19 @@ def table(plan: Race, results: Sequence[Result]) -> str:
         results: what came out so far, at least one.
 
     Returns:
-        The table and its legend: means over seeds, and every seed in parentheses.
+        The table, what its runners are trained with, and its legend: means over seeds, and every seed in parentheses.
     """
     # What the fastest took for all meta-steps, so that everyone had as much.
     whole = [result for result in results if result.meta_steps == plan.base.meta_steps]
     budget = min((result.curve.seconds[-1] for result in whole), default=math.nan)
     measured_on = results[0].curve.measured_on
     lines = [
-        f"{_title(plan.base, results)}; {counted(plan.base.tasks, 'task')} a meta-step, {plan.test_tasks} test tasks, "
+        f"{_title(plan, results)}; {counted(plan.base.tasks, 'task')} a meta-step, {plan.test_tasks} test tasks, "
         f"threads: {plan.base.threads or 'as PyTorch chooses'}.",
         "",
         f"| {plan.subject} | meta-steps | seconds | test accuracy, % | on {measured_on} after {_seconds(budget)} s, % "
-        "| residual | estimate | cosine | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| residual | estimate | cosine | reference residual | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in plan.names:
         own = [result for result in results if result.variant == name]
@@ -264,13 +297,15 @@ def table(plan: Race, results: Sequence[Result]) -> str:
     legend = (
         "Means over the seeds, and in parentheses each of them, in order. Seconds are those of training alone. The "
         f"accuracy after {_seconds(budget)} s, what the fastest run took for all its meta-steps, is read off the "
-        "learning curve. The last four columns judge the meta-gradient of eight tasks at the last meta-step: the norm "
-        "of the inner problem's gradient where its solver ended, the estimated relative error of the linear system, "
-        "the cosine of the angle to the meta-gradient of the inner problem solved to the end, and the processor time. "
-        "A dash stands where there is no number: the run broke down before it, was not validated yet, or has no such "
-        "thing."
+        "learning curve. The last five columns judge the meta-gradient of eight tasks at the last meta-step: the norm "
+        "of the inner problem's gradient where its solver ended; the estimated relative error of the linear system "
+        "alone, which knows nothing of the inner problem; the cosine of the angle to a tight reference, which is the "
+        "meta-gradient after 150 steps of L-BFGS and 60 of conjugate gradients with the Gauss-Newton curvature; the "
+        "norm of the inner problem's gradient where that reference ended, for it is not exact either; and the "
+        "processor time. A dash stands where there is no number: the run broke down before it, was not validated yet, "
+        "was not compared, or has no such thing."
     )
-    return "\n".join([*lines, "", legend]) + "\n"
+    return "\n".join([*lines, *_settings(plan), "", legend]) + "\n"
 
 
 def _mean(values: Sequence[float], told: Callable[[float], str]) -> str:
@@ -282,8 +317,8 @@ def _percent(value: float) -> str:
     return "—" if math.isnan(value) else f"{value:.1f}"
 
 
-def _shown(exact: Exactness) -> tuple[float, float, float, float]:
-    return exact.residual, exact.estimate, exact.cosine, exact.seconds
+def _shown(found: Exactness) -> tuple[float, ...]:
+    return found.residual, found.estimate, found.cosine, found.reference_residual, found.seconds
 
 
 def _figure(value: float) -> str:

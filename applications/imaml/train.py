@@ -7,7 +7,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,7 +18,16 @@ from applications.imaml.captured import CapturedStep, CudaGraph, check_capturabl
 from applications.imaml.checkpoint import Checkpoint, CheckpointError
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
-from applications.imaml.episodes import SplitName, TaskSampler, check_ways, generator_for, load_splits
+from applications.imaml.ending import Best, Ending, continued
+from applications.imaml.episodes import (
+    SplitName,
+    TaskSampler,
+    check_same_data,
+    check_ways,
+    generator_for,
+    identity_of,
+    load_splits,
+)
 from applications.imaml.evaluate import accuracies
 from applications.imaml.events import Events, check_importable
 from applications.imaml.figures import draw_curve
@@ -79,7 +88,7 @@ def train(
         RunError: if the folder holds a run already and isn't to be resumed, or cannot be written; if the loss is no
             longer finite, in which case the last checkpoint is from before; if TensorBoard is asked for and missing;
             if another process has ended; or as FirstFailedError in place of what the first process raises.
-        CheckpointError: if a checkpoint cannot be read or written.
+        CheckpointError: if a checkpoint cannot be read or written, or was made with other data.
         ConfigError: if the processes cannot share the tasks.
         OSError: if the dataset cannot be read or the metrics not be written.
         ValueError: if the dataset is damaged or too small for these tasks.
@@ -97,7 +106,7 @@ def train(
         while run.meta_step < config.meta_steps:
             run.step()
             display.step(run.meta_step)
-            if run.meta_step % config.log_every == 0:
+            if run.meta_step % config.log_every == 0 or run.meta_step == config.meta_steps:
                 display.row(run.record())
             late = limits.seconds is not None and time.monotonic() - begun >= limits.seconds
             # Asked after every step, since a signal doesn't reach all processes in the same one.
@@ -122,14 +131,6 @@ def _check(finite: bool, told: str) -> None:
         raise RunError(f"{told}; {_CALMER}")
 
 
-class _Best(NamedTuple):
-    """The network of the highest validation accuracy so far; the first one of equals."""
-
-    meta_step: int
-    accuracy: float
-    theta: Parameters
-
-
 class _Run:
     """Everything that changes during training, restored from the checkpoint or fresh."""
 
@@ -141,7 +142,7 @@ class _Run:
         sampler = TaskSampler(splits["train"], config.ways, config.shots, config.queries, generator, config.query_sets)
         self._validation_images = splits.get("validation")
         *_, channels, _, side = splits["train"].images.shape
-        self._source, self._image = splits["train"].source, (channels, side)
+        self._source, self._image, self._data = splits["train"].source, (channels, side), identity_of(splits)
         network = initialize(config.ways, channels, side, generator_for(config.seed, "initialisation"))
         drawn = network | initial_strengths(network, config)
         self.theta: Parameters = {name: value.to(self._device).requires_grad_() for name, value in drawn.items()}
@@ -153,17 +154,23 @@ class _Run:
         self._trained_seconds = 0.0
         self._row_seconds = 0.0
         self._clock = time.monotonic()
-        self._best: _Best | None = None
+        self._best: Best | None = None
+        self._ending: Ending | None = None
         # Both in the first process only.
         self._metrics: MetricsFile | None = None
         self._events: Events | None = None
         saved = processes.from_first(lambda: self._open(resume))
         if saved is not None:
+            check_same_data(saved.numbers.get("data"), splits)
             self._restore(saved)
         if tensorboard and processes.is_first:
-            self._events = Events(out / EVENTS, self.meta_step)
+            # What was written at an end that is none any more is dropped as well.
+            ended = saved is not None and saved.numbers.get("row_is_due", False)
+            self._events = Events(out / EVENTS, self.meta_step - ended)
         if saved is None:
             self.save()
+        elif saved.numbers.get("row_is_due") and self.meta_step % config.log_every == 0:
+            self.record()
 
     def __str__(self) -> str:
         count = sum(value.numel() for value in self.theta.values())
@@ -182,10 +189,12 @@ class _Run:
 
     def _open(self, resume: bool) -> Checkpoint | None:
         """Take the folder and read its checkpoint; there is none if a resumed run was killed before its first."""
-        # The network, Adam's two moments, and the best network.
-        size = 4 * sum(value.numel() * value.element_size() for value in self.theta.values())
+        # The network, Adam's two moments, and the best network; at an odd end, the best one before it.
+        networks = 5 if self._config.meta_steps % self._config.validate_every else 4
+        size = networks * sum(value.numel() * value.element_size() for value in self.theta.values())
         claim(self._out, self._config, size, resume=resume)
-        saved = checkpoint.load(self._out) if (self._out / checkpoint.POINTER).exists() else None
+        there = (self._out / checkpoint.POINTER).exists()
+        saved = continued(checkpoint.load(self._out), self._config.meta_steps) if there else None
         self._metrics = MetricsFile(self._out / METRICS, 0 if saved is None else saved.numbers["metrics_bytes"])
         return saved
 
@@ -203,19 +212,24 @@ class _Run:
         return config.meta_lr * (1 + math.cos(math.pi * self.meta_step / config.meta_steps)) / 2
 
     def record(self) -> dict[str, float]:
-        """Write a row of metrics."""
+        """Write a row of metrics, of the meta-steps since the one before; the last one has a validation."""
         config = self._config
         meter = self._meta_step.meter
         self._processes.average(meter.sums)
-        row: dict[str, float] = {"meta_step": self.meta_step, **meter.take(config.log_every)}
-        told = f"the query loss is {row['query_loss']} in the {config.log_every} meta-steps before {self.meta_step}"
+        validates = self.meta_step % config.validate_every == 0
+        if self.meta_step == config.meta_steps and not validates:
+            validates = True
+            self._ending = Ending(self._metrics_bytes, self._row_seconds, meter.sums.clone(), self._best)
+        taken = (self.meta_step - 1) % config.log_every + 1
+        row: dict[str, float] = {"meta_step": self.meta_step, **meter.take(taken)}
+        told = f"the query loss is {row['query_loss']} in the {taken} meta-steps before {self.meta_step}"
         self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told))
         self._tick()
         row["seconds"] = self._trained_seconds
-        row["tasks_per_second"] = config.log_every * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
-        row["validation_accuracy"] = self._validate() if self.meta_step % config.validate_every == 0 else math.nan
+        row["tasks_per_second"] = taken * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
+        row["validation_accuracy"] = self._validate() if validates else math.nan
         self._processes.from_first(lambda: self._write(row))
-        if self.meta_step % config.validate_every == 0:
+        if validates:
             self.draw()
         # Time spent validating is time of the run, but not of the next row's tasks.
         self._tick()
@@ -238,23 +252,31 @@ class _Run:
         # Every process goes on from the mean, as one that is resumed from here does.
         self._processes.average(self._meta_step.meter.sums)
         if self._best is not None:
-            tensors |= {f"best.{name}": value for name, value in self._best.theta.items()}
+            tensors |= self._best.tensors()
+        if self._ending is not None:
+            tensors |= self._ending.tensors(self._best)
         self._processes.from_first(
             lambda: checkpoint.save(self._out, self.meta_step, Checkpoint(tensors, self._numbers()))
         )
 
     def _numbers(self) -> dict[str, Any]:
-        best = self._best
+        best, ending = self._best, self._ending
         self._tick()
         return {
             "meta_step": self.meta_step,
             "image": self._image,
+            "data": self._data,
             "device": self._device.type,
-            "best": None if best is None else {"meta_step": best.meta_step, "accuracy": best.accuracy},
-            "metrics_bytes": 0 if self._metrics is None else self._metrics.size,
+            "best": None if best is None else best.numbers(),
+            "ending": None if ending is None else ending.numbers(),
+            "metrics_bytes": self._metrics_bytes,
             "trained_seconds": self._trained_seconds,
             "row_seconds": self._row_seconds,
         }
+
+    @property
+    def _metrics_bytes(self) -> int:
+        return 0 if self._metrics is None else self._metrics.size
 
     def draw(self) -> None:
         """Draw the learning curve."""
@@ -279,7 +301,7 @@ class _Run:
         self._trained_seconds, self._row_seconds = numbers["trained_seconds"], numbers["row_seconds"]
         if best := numbers.get("best"):
             network = {name: tensors[f"best.{name}"].to(self._device) for name in self.theta}
-            self._best = _Best(best["meta_step"], best["accuracy"], network)
+            self._best = Best(best["meta_step"], best["accuracy"], network)
 
     def _validate(self) -> float:
         if self._validation_images is None:
@@ -292,7 +314,7 @@ class _Run:
         accuracy = after.double().mean().item()
         if self._best is None or accuracy > self._best.accuracy:
             network = {name: value.detach().clone() for name, value in self.theta.items()}
-            self._best = _Best(self.meta_step, accuracy, network)
+            self._best = Best(self.meta_step, accuracy, network)
         return accuracy
 
     def _tick(self) -> None:

@@ -141,3 +141,27 @@ def test_sheet_says_what_is_left_out_and_that_nothing_was_asked_of_a_class(tmp_p
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert np.asarray(sheet).std() > 10
     assert str(answers) == "30 images, 3 classes"
+
+
+@pytest.mark.parametrize("among", ["support", "query"])
+def test_answers_are_not_put_among_the_images(run, folders, tmp_path, among):
+    support, query = folders
+    refused = invoke("adapt", run, "--support", support, "--query", query, "--out", tmp_path / among / "new")
+    assert refused.exit_code == 1
+    assert f"error: --out {tmp_path / among / 'new'} lies in --{among} {tmp_path / among}, and" in refused.stderr
+    assert not (tmp_path / among / "new").exists()
+
+
+def test_ignored_files_and_too_few_query_images_are_told(run, folders, tmp_path):
+    support, query = folders
+    write_folder(tmp_path / "few", {"a.png": (query / "x.png").read_bytes(), ".hidden.png": b"", "b.gif": b""})
+    options = ("--support", support, "--out", tmp_path / "out")
+    few = invoke("adapt", run, "--query", tmp_path / "few", *options)
+    assert few.exit_code == 0, few.stderr
+    assert "2 files ignored, hidden or not .png" in few.stderr
+    assert "warning: 1 query image normalised by statistics of their own" in few.stderr
+    each = invoke("adapt", run, "--query", tmp_path / "few", *options, "--batch-norm", "support")
+    assert "warning" not in each.stderr
+    many = invoke("adapt", run, "--query", query, *options)
+    assert "1 file ignored" in many.stderr
+    assert "warning" not in many.stderr

@@ -15,6 +15,7 @@ from applications.imaml.episodes import TaskSampler, generator_for
 from applications.imaml.meta_step import MetaStep
 from applications.imaml.networks import initialize
 from applications.imaml.processes import Processes
+from applications.imaml.run_folder import RunError
 from applications.imaml.train import Limits
 from tests.helpers.devices import HostAskedError, no_host_sync
 from tests.helpers.recording import OperationTape
@@ -91,9 +92,11 @@ def test_line_searches_and_optimizers_with_an_end_of_their_own_ask_the_device(in
         made(replace(SHORT, inner=inner))()
 
 
-def test_adam_on_the_host_asks_for_its_count():
+def test_adam_that_is_not_fused_asks_for_its_count():
+    step = made(capturable=False)
+    step._optimizer = torch.optim.Adam(step.theta.values(), foreach=False)
     with pytest.raises(HostAskedError), no_host_sync():
-        made(capturable=False)()
+        step()
 
 
 RATES = [0.02, 0.001, 0.03]
@@ -271,3 +274,25 @@ def test_a_cuda_graph_is_the_eager_step_to_the_bit(name, monkeypatch):
     resumed = made(config, CUDA)
     resumed.restore(take(made(config, CUDA), RATES[:1]))
     assert differing(take(resumed, RATES[1:], CapturedStep(resumed, CudaGraph(CUDA))), found) == []
+
+
+@pytest.mark.usefixtures("_adam_of_devices")
+def test_adam_takes_the_path_on_a_cpu_that_it_takes_on_a_gpu(monkeypatch):
+    adam, taken = importlib.import_module("torch.optim.adam"), []
+    for name in ("_single_tensor_adam", "_multi_tensor_adam", "_fused_adam"):
+        path = getattr(adam, name)
+        monkeypatch.setattr(
+            adam, name, lambda *args, name=name, path=path, **how: taken.append(name) or path(*args, **how)
+        )
+    for capturable in (True, False):
+        made(capturable=capturable)()
+    assert taken == ["_fused_adam"] * 2
+
+
+def test_a_recording_that_fails_says_how_to_do_without():
+    class Failing(OperationTape):
+        def record(self, function, generator):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RunError, match=r"could not be recorded .*\(operation not permitted .*\); pass graph=False"):
+        CapturedStep(made(capturable=False), Failing())()

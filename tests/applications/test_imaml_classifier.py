@@ -227,3 +227,9 @@ def test_scikit_learn_checks_of_the_behaviour(run, monkeypatch):
     assert len(passed) > 40
     # They need pandas, or a setting of SciPy.
     assert set(skipped) <= {"check_array_api_input", "check_classifier_data_not_an_array"}
+
+
+def test_a_checkpoint_that_there_never_is_is_refused(run, task):
+    support, labels, _, _ = task
+    with pytest.raises(ConfigError, match="checkpoint='x' is not known; pass one of last, best"):
+        FewShotClassifier(run, checkpoint="x").fit(support, labels)

@@ -42,9 +42,9 @@ def test_class_folders_are_trained_and_tested_on(tree, tmp_path):
     assert trained.exit_code == 0, trained.stderr
     evaluated = run("evaluate", out, "--tasks", "3")
     assert evaluated.exit_code == 0, evaluated.stderr
-    assert evaluated.stdout.startswith("letters 2-way 1-shot")
+    assert evaluated.stdout.startswith("letters 2-way 1-shot, 1 query image a class | test, 3 classes of split files,")
     row = json.loads((out / "evaluation.json").read_text())["row"]
-    expected = {"data": "folder", "source": "letters", "partition": "own", "split": "test, 3 classes"}
+    expected = {"data": "folder", "source": "letters", "partition": "files", "split": "test, 3 classes"}
     assert row | expected == row
     two = {f"{name}/{k}.png": picture("PNG", 10 * (ord(name) - 96) + k, 30) for name in "hi" for k in range(2)}
     write_folder(tmp_path / "two", two)
@@ -111,3 +111,26 @@ def test_errors_are_told_in_a_line_before_anything_is_written(tmp_path, argument
     assert result.exit_code == 1
     assert f"error: {message}" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_continued_or_judged_with_other_classes(tmp_path):
+    for k in range(10):
+        write_folder(tmp_path / "data", {f"{k}/{n}.png": picture("PNG", 10 * k + n, 16) for n in range(3)})
+    out = tmp_path / "run"
+    arguments = ("--data", "folder", "--root", tmp_path / "data", "--image-size", "16", *SHORT)
+    trained = run("train", "--out", out, *arguments, "--schedule", "constant")
+    assert trained.exit_code == 0, trained.stderr
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert run("evaluate", out, "--tasks", "2", "--root", tmp_path / "moved").exit_code == 0
+    write_folder(tmp_path / "moved", {f"new/{n}.png": picture("PNG", n, 16) for n in range(3)})
+    again = ("train", "--out", out, "--resume", "--root", tmp_path / "moved", "--meta-steps", "4", "--quiet")
+    for command_line in (("evaluate", out, "--tasks", "2", "--root", tmp_path / "moved"), again):
+        refused = run(*command_line)
+        assert refused.exit_code == 1
+        assert "error: moved is not what the run was trained on: its classes were 6 for train, 2 for" in refused.stderr
+    pointer = json.loads((out / "checkpoint.json").read_text())
+    # As of a run that was made when none was kept.
+    del pointer["numbers"]["data"]
+    (out / "checkpoint.json").write_text(json.dumps(pointer))
+    for command_line in (("evaluate", out, "--tasks", "2", "--root", tmp_path / "moved"), again):
+        assert run(*command_line).exit_code == 0

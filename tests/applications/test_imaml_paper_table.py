@@ -30,6 +30,7 @@ def _small_dataset(monkeypatch):
     dataset = ClassImages(images, tuple(f"class {index}" for index in range(16)), "glyphs")
     monkeypatch.setattr(episodes, "load", lambda name, root, seed: dataset)
     monkeypatch.setattr(episodes, "SPLIT_SIZES", {"glyphs": {"train": 6, "validation": 5, "test": 5}})
+    monkeypatch.setattr(table, "config_of", lambda *given: replace(config_of(*given), validation_tasks=1))
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_stopped_cell_goes_on_to_the_same_bits(tmp_path, monkeypatch, told):
     ends = [checkpoint.load(tmp_path / name / REQUEST.cells[0] / "seed-0") for name in ("whole", "parts")]
     assert ends[1].numbers["meta_step"] == 2
     # The meter has NaN for what a first-order algorithm lacks.
-    learnt = [name for name in ends[0].tensors if name != "meter"]
+    learnt = [name for name in ends[0].tensors if not name.endswith("meter")]
     assert [name for name in learnt if not torch.equal(ends[0].tensors[name], ends[1].tensors[name])] == []
 
 
@@ -110,7 +111,9 @@ def test_other_protocol_evaluates_again_without_training(tmp_path, monkeypatch, 
     _, text, _ = fill(replace(REQUEST, protocol=Protocol(tasks=4)), tmp_path, told.append)
     assert "4 tasks" in text
     after = checkpoint.load(tmp_path / REQUEST.cells[0] / "seed-0")
-    assert all(torch.equal(value, after.tensors[name]) for name, value in before.tensors.items() if name != "meter")
+    assert all(
+        torch.equal(value, after.tensors[name]) for name, value in before.tensors.items() if not name.endswith("meter")
+    )
 
 
 def test_folder_of_another_run_is_refused_before_training(tmp_path, monkeypatch, told):
@@ -122,6 +125,25 @@ def test_folder_of_another_run_is_refused_before_training(tmp_path, monkeypatch,
     # Where it computes may change.
     elsewhere = replace(REQUEST, overrides=replace(TOY, threads=1))
     assert fill(elsewhere, tmp_path, told.append)[0]
+
+
+def test_what_earlier_calls_have_measured_stays_in_the_table(tmp_path, monkeypatch, told):
+    other = replace(REQUEST, cells=("5way-1shot-imaml-gd",))
+    fill(replace(REQUEST, seeds=2), tmp_path, told.append)
+    first = json.loads((tmp_path / "omniglot.json").read_text())["cells"][0]
+    fill(other, tmp_path, told.append)
+    cells = json.loads((tmp_path / "omniglot.json").read_text())["cells"]
+    assert [cell["row"] for cell in cells] == ["iMAML, gradient descent", "first-order"]
+    assert cells[1] == first
+    # Nor are seeds beyond those that are asked for now dropped.
+    with monkeypatch.context() as patch:
+        forbid(patch, "train", "evaluate")
+        _, text, _ = fill(REQUEST, tmp_path, told.append)
+    assert json.loads((tmp_path / "omniglot.json").read_text())["cells"] == cells
+    assert "| iMAML, gradient descent: ours | —" not in text
+    # Measured in another way, it is not of this table.
+    _, text, _ = fill(replace(other, protocol=Protocol(tasks=4)), tmp_path, told.append)
+    assert "first-order" not in text
 
 
 def test_damaged_record_is_refused(tmp_path, told):

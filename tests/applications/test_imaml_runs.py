@@ -88,10 +88,42 @@ def test_an_interrupted_run_has_the_same_best_network(validated, tmp_path):
     folder, _ = validated
     with validations():
         # After the second validation, before the third.
-        train.train(replace(VALIDATED, meta_steps=5), tmp_path / "parts", QUIET)
+        train.train(replace(VALIDATED, meta_steps=4), tmp_path / "parts", QUIET)
         train.train(VALIDATED, tmp_path / "parts", QUIET, resume=True)
     assert_same(tmp_path / "parts", folder)
     assert checkpoint.load(tmp_path / "parts").numbers["best"] == checkpoint.load(folder).numbers["best"]
+
+
+@pytest.mark.parametrize("ends", [2, 3, 5, 6])
+def test_the_last_meta_step_has_a_row_and_a_validation_and_a_longer_run_is_as_if_it_had_not(tmp_path, ends):
+    config = replace(SHORT, meta_steps=8)
+    short = replace(config, meta_steps=ends)
+    train.train(short, tmp_path / "parts", QUIET)
+    train.train(config, tmp_path / "whole", QUIET)
+    losses = []
+    with pytest.MonkeyPatch.context() as patch:
+        add = train.MetaStep.__call__
+
+        def noted(step):
+            add(step)
+            losses.append(step.meter.sums[0].item())
+
+        patch.setattr(train.MetaStep, "__call__", noted)
+        train.train(short, tmp_path / "noted", QUIET)
+    taken = (ends - 1) % config.log_every + 1
+    _, rows = state(tmp_path / "parts")
+    assert int(rows[-1]["meta_step"]) == ends
+    assert float(rows[-1]["query_loss"]) == pytest.approx(losses[-1] / taken, rel=1e-6)
+    accuracy = float(rows[-1]["validation_accuracy"])
+    best = checkpoint.load(tmp_path / "parts").numbers["best"]
+    assert best["accuracy"] >= accuracy - 1e-6
+    # Going on to the end that is reached already changes nothing.
+    before = state(tmp_path / "parts", timed=True)[1]
+    train.train(short, tmp_path / "parts", QUIET, resume=True)
+    assert state(tmp_path / "parts", timed=True)[1] == before
+    train.train(config, tmp_path / "parts", QUIET, resume=True)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    assert checkpoint.load(tmp_path / "parts").numbers["best"] == checkpoint.load(tmp_path / "whole").numbers["best"]
 
 
 def test_best_or_last_is_what_evaluation_and_adaptation_use(validated, tmp_path):
@@ -166,7 +198,8 @@ def test_without_regularization_tasks_are_learnt_by_the_plain_loss(tmp_path, set
 
 
 def test_there_is_no_best_network_without_a_validation(tmp_path):
-    train.train(replace(SHORT, meta_steps=2), tmp_path / "run", QUIET)
+    # Stopped after the first meta-step.
+    assert train.train(SHORT, tmp_path / "run", Limits(1e-6, quiet=True)) == 1
     with pytest.raises(CheckpointError, match=r"has not been validated.*'last'"):
         evaluate(SHORT, tmp_path / "run", Protocol(tasks=2, checkpoint="best"))
 
@@ -189,8 +222,9 @@ def _small_files():
 @pytest.mark.usefixtures("_small_files")
 def test_a_disk_that_takes_one_checkpoint_but_not_two_is_told_before_training(tmp_path):
     folder = tmp_path / "run"
+    # Its end is no multiple of its validations, so there may be two best networks in a checkpoint.
     (tmp_path / "one").write_bytes(bytes(1_800_000))
-    with pytest.raises(RunError, match=r"cannot be written .*a run keeps 4.4 MiB there, which were tried"):
+    with pytest.raises(RunError, match=r"cannot be written .*a run keeps 5.3 MiB there, which were tried"):
         train.train(SHORT, folder, QUIET)
     # Nothing is in the way of a second try.
     assert list(folder.iterdir()) == []
@@ -239,3 +273,30 @@ def test_missing_tensorboard_is_told_before_training(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"cannot be imported .*pip install tensorboard, or leave --tensorboard out"):
         train.train(SHORT, tmp_path / "run", Limits(quiet=True, tensorboard=True))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("metrics.json", "would be written to metrics.csv, which is a file that a run keeps"),
+        ("config.json", "would be written to config.json, which"),
+        ("own.csv", "is no JSON by its name"),
+        ("nowhere/own.json", "cannot be written"),
+        ("taken.json", "cannot be written"),
+    ],
+)
+def test_a_report_that_would_do_harm_or_cannot_be_is_refused_before_measuring(
+    validated, tmp_path, monkeypatch, name, message
+):
+    folder, _ = validated
+    (tmp_path / "taken.csv").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+
+    def refuse(*_):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(command, "evaluate", refuse)
+    refused = run_command("evaluate", folder, "--report", tmp_path / name)
+    assert refused.exit_code == 1
+    assert f"error: --report {tmp_path / name} {message}" in refused.stderr
+    assert {path.name for path in tmp_path.iterdir()} == before

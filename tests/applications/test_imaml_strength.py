@@ -125,7 +125,8 @@ def test_a_run_learns_saves_and_reports_its_strengths(characters, monkeypatch, t
     assert result.exit_code == 0, result.stderr
     assert f"lam learnt, {min(strengths.values()):g} to {max(strengths.values()):g}" in result.stdout
     report = json.loads((folder / "evaluation.json").read_text())
-    assert report["learnt_lam"] == pytest.approx(strengths)
+    assert report["row"]["learnt_lam"] == pytest.approx(strengths)
+    assert report["row"]["lam"] is None
     assert report["row"]["learn_lam"] == "layer"
 
 

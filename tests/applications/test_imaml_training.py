@@ -40,7 +40,7 @@ def test_a_run_leaves_settings_metrics_curve_and_one_checkpoint(whole):
     ]
     _, rows = state(whole)
     assert [row["meta_step"] for row in rows] == ["2", "4", "6"]
-    assert [row["validation_accuracy"] != "" for row in rows] == [False, True, False]
+    assert [row["validation_accuracy"] != "" for row in rows] == [False, True, True]
     assert [float(row["adjoint_residual"]) > 0 for row in rows] == [True] * 3
     assert [row["negative_curvature"] for row in rows] == ["0"] * 3
     assert Config.load(whole / "config.json") == SHORT
@@ -171,10 +171,22 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
     expected = {
         "split": "test, 5 classes", "ways": 3, "shots": 1, "queries": 1, "batch_norm": "support", "inner": "gradient",
         "inner_steps": 2, "lam": 0.1, "tasks": 7, "task_seed": 5, "training_seed": 0, "meta_step": 6,
+        "partition": "seed", "query_sets": 1, "curvature": "gauss-newton", "cg_steps": 2, "tasks_per_meta_step": 2,
+        "learnt_lam": None,
     }  # fmt: skip
     assert row | expected == row
+    assert report["config"] == json.loads((whole / "config.json").read_text())
+    protocol = {"tasks": 7, "split": "test", "batch_norm": "support", "seed": 5, "queries": None}
+    assert report["protocol"] | protocol == report["protocol"]
     for stated in (
-        *("3-way 1-shot", "test, 5 classes", "6 meta-steps", "2 gradient steps", "lam 0.1", "batch norm support"),
+        *(
+            "3-way 1-shot",
+            "test, 5 classes of split seed, split seed 0",
+            "6 meta-steps",
+            "2 gradient steps",
+            "lam 0.1",
+            "batch norm support",
+        ),
         *("7 tasks, seed 5", f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"),
     ):
         assert stated in result.stdout

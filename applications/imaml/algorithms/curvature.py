@@ -54,6 +54,10 @@ class UnguardedCG(il.LinearSolver):
     This is what the iMAML paper's algorithm says. Choose it to compare with the paper; `il.CG` is the same where the
     system is positive definite, and stops where it turns out not to be.
 
+    Where the curvature along a direction is exactly zero it divides by that, and the task's solution is no longer
+    finite. A meta-gradient is a mean over tasks, so one such task poisons that of its whole batch; training then ends
+    with the last finite checkpoint. Only a residual of zero, 0/0, is caught: it is a solution.
+
     Args:
         max_steps: exact number of products with the matrix.
     """

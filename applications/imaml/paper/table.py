@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from applications.imaml import checkpoint
 from applications.imaml.checkpoint import write_atomically
@@ -61,12 +63,12 @@ class Request:
 
 
 def fill(request: Request, out: Path, told: Callable[[str], None]) -> tuple[bool, str, list[Path]]:
-    """Train and evaluate what is missing, all cells with one seed before any with the next.
+    """Train and evaluate what is missing of the chosen cells, all with one seed before any with the next.
 
     Args:
         request: what.
         out: gets ``NAME.md`` and ``NAME.json``, renewed after every cell, and one folder a cell and seed, which is a
-            run like any other.
+            run like any other. What earlier calls have measured there with the same settings stays in the table.
         told: hears of every cell.
 
     Returns:
@@ -89,6 +91,7 @@ def fill(request: Request, out: Path, told: Callable[[str], None]) -> tuple[bool
     for _, config, folder in plan:
         _check_same(config, folder)
     results = {cell.name: CellResult(cell, []) for cell in cells}
+    kept = _kept(request, out)
     begun, complete = time.monotonic(), True
     for cell, config, folder in plan:
         before = results[cell.name]
@@ -104,9 +107,36 @@ def fill(request: Request, out: Path, told: Callable[[str], None]) -> tuple[bool
             # It diverged, which is a result: the other cells go on.
             results[cell.name] = CellResult(cell, before.seeds, [*before.failures, f"seed {config.seed}: {error}"])
         told(f"{cell.name}, seed {config.seed}: {results[cell.name].number or 'diverged'} (paper: {cell.published})")
-        _write(request, out, list(results.values()))
-    text, files = _write(request, out, list(results.values()))
+        _write(request, out, _tabled(request.table, results, kept))
+    text, files = _write(request, out, _tabled(request.table, results, kept))
     return complete, text, files
+
+
+def _kept(request: Request, out: Path) -> dict[str, list[SeedResult]]:
+    """What earlier calls have measured with these settings and is not asked for now, by the name of the cell."""
+    asked = {cell.name for cell in cells_of(request.table, request.cells)}
+    kept: dict[str, list[SeedResult]] = {}
+    for cell in cells_of(request.table, ()):
+        for seed in count(request.seeds if cell.name in asked else 0):
+            folder = out / cell.name / f"seed-{seed}"
+            config = config_of(cell, request.settings, seed, request.overrides)
+            found = None if _differing(config, folder) else _done(config, folder, request.protocol)
+            if found is None:
+                break
+            kept.setdefault(cell.name, []).append(found)
+    return kept
+
+
+def _tabled(
+    table: TableName, results: Mapping[str, CellResult], kept: Mapping[str, Sequence[SeedResult]]
+) -> list[CellResult]:
+    """All that is done or asked for, in the order of the table."""
+    tabled = []
+    for cell in cells_of(table, ()):
+        if cell.name in results or cell.name in kept:
+            now = results.get(cell.name, CellResult(cell, []))
+            tabled.append(replace(now, seeds=[*now.seeds, *kept.get(cell.name, ())]))
+    return tabled
 
 
 def _filled(config: Config, folder: Path, request: Request, begun: float) -> SeedResult | None:
@@ -151,17 +181,23 @@ def _done(config: Config, folder: Path, protocol: Protocol) -> SeedResult | None
 
 def _check_same(config: Config, folder: Path) -> None:
     """That a run which is there is one with these settings."""
-    if not (folder / CONFIG).exists():
-        return
-    saved = Config.load(folder / CONFIG)
-    names = [entry.name for entry in fields(Config) if entry.name not in _WHERE]
-    differing = [name for name in names if getattr(saved, name) != getattr(config, name)]
+    differing = _differing(config, folder)
     if differing:
-        told = ", ".join(f"{name}={getattr(saved, name)!r} there, {getattr(config, name)!r} now" for name in differing)
+        told = ", ".join(f"{name}={there!r} there, {now!r} now" for name, (there, now) in differing.items())
         raise ConfigError(
             f"{folder} holds a run with other settings ({told}), and a cell goes on as it began; pass the same "
             f"settings, or another folder."
         )
+
+
+def _differing(config: Config, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """What the run in a folder is trained with and what it would be now, by the name of each setting that differs."""
+    if not (folder / CONFIG).exists():
+        return {}
+    saved = Config.load(folder / CONFIG)
+    names = [entry.name for entry in fields(Config) if entry.name not in _WHERE]
+    both = {name: (getattr(saved, name), getattr(config, name)) for name in names}
+    return {name: (there, now) for name, (there, now) in both.items() if there != now}
 
 
 def _write(request: Request, out: Path, results: list[CellResult]) -> tuple[str, list[Path]]:
