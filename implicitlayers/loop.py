@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitlayers.functorch import all_lanes
+from implicitlayers.functorch import all_lanes, carries_derivative
 from implicitlayers.status import RUNNING, MisuseError, Status
 
 __all__ = [
@@ -190,8 +190,17 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def norm(a: Tensor) -> Tensor:
     """Euclidean norm per lane that neither overflows nor underflows.
 
-    Its derivative is a/‖a‖, and 0 at 0, where there is none.
+    Its derivative is a/‖a‖, and 0 at 0, where there is none; those of that are 0 as well.
     """
+    if not carries_derivative(a):
+        return _length(a)
+    zero = (a.detach() == 0).all(-1)
+    # Any other vector in the place of zero: the second derivative of its length is infinite, and NaN times nothing.
+    length = _length(torch.where(zero.unsqueeze(-1), torch.ones_like(a), a))
+    return torch.where(zero, torch.zeros_like(length), length)
+
+
+def _length(a: Tensor) -> Tensor:
     if a.dtype != torch.float64 and a.device.type != "mps":
         # The square of any shorter number is a float64; MPS has none.
         return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).to(a.dtype)

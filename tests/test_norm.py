@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.func import grad, jvp
+from torch.func import grad, hessian, jacfwd, jacrev, jvp
 
 from implicitlayers.loop import norm
 from implicitlayers.testing import assert_gradients_match
@@ -31,6 +31,15 @@ def test_of_zero_it_is_zero_with_its_derivative_and_what_is_not_finite_shows(dty
     assert norm(lanes)[0] == math.inf
     assert norm(lanes)[1].isnan()
     assert norm(lanes)[2] == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("second", [hessian, lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacrev(f))])
+def test_second_derivatives_of_zero_are_zero(dtype, second):
+    assert not second(norm)(torch.zeros(2, dtype=dtype)).any()
+    x = torch.zeros(2, dtype=dtype, requires_grad=True)
+    (first,) = torch.autograd.grad(norm(x), x, create_graph=True)
+    assert not torch.autograd.grad(first.sum(), x)[0].any()
 
 
 def test_derivatives():

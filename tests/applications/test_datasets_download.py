@@ -145,4 +145,4 @@ def test_command_says_where_to():
     command = [sys.executable, "-m", "applications.datasets", "omniglot", "--download"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert "nowhere to download to; pass --root" in done.stderr
+    assert "error: no --root, so there is nowhere to download to" in done.stderr
