@@ -124,13 +124,9 @@ def check_layer(
         Checked(examples=5, inconclusive=0)
     """
     expect_tolerance(tol)
-    expect_strategy("inputs", inputs, "strategies.tensors((3,))")
-    if starts is not None:
-        expect_strategy("starts", starts, "strategies.tensors((3,))")
-    if batched and "reverse" not in modes:
-        raise ValueError(
-            f'batched=True compares gradients by the tape, but modes is {modes!r}; add "reverse" or leave out batched.'
-        )
+    _expect_strategies(inputs, starts)
+    if batched:
+        _expect_tape(modes)
 
     def examine_one(example: Any) -> GradientReport:
         arguments, begin = example if starts is not None else (example, None)
@@ -150,6 +146,19 @@ def check_layer(
     return run_property(drawn, examine_one, max_examples)
 
 
+def _expect_strategies(inputs: Any, starts: Any) -> None:
+    expect_strategy("inputs", inputs, "strategies.tensors((3,))")
+    if starts is not None:
+        expect_strategy("starts", starts, "strategies.tensors((3,))")
+
+
+def _expect_tape(modes: Sequence[Mode]) -> None:
+    if "reverse" not in modes:
+        raise ValueError(
+            f'batched=True compares gradients by the tape, but modes is {modes!r}; add "reverse" or leave out batched.'
+        )
+
+
 def examine(
     layer: Callable[..., Any],
     inputs: Sequence[Any],
@@ -162,7 +171,7 @@ def examine(
 ) -> GradientReport:
     """Gradients and properties of a layer at one point, along directions that follow from its numbers."""
     subject, seed = Subject.of(layer, inputs), seed_of(inputs)
-    report = compare(subject, inputs, order=order, modes=modes, tol=tol, reference=reference, seed=seed)
+    report = compare(subject, inputs, order, modes, tol, reference, seed)
     tol = tolerance(subject) if tol is None else tol
     return combined([report, GradientReport(tuple(_properties(subject, order, modes, tol, batched, seed)))])
 

@@ -88,18 +88,17 @@ def compare_gradients(
     seed: int = 0,
 ) -> GradientReport:
     """As `assert_gradients_match`, but return the report whatever it says."""
-    return compare(Subject.of(layer, inputs), inputs, order=order, modes=modes, tol=tol, reference=reference, seed=seed)
+    return compare(Subject.of(layer, inputs), inputs, order, modes, tol, reference, seed)
 
 
 def compare(
     subject: Subject,
     inputs: Sequence[Any],
-    *,
-    order: Literal[1, 2] = 1,
-    modes: Sequence[Mode] = MODES,
-    tol: float | None = None,
-    reference: Callable[..., Any] | None = None,
-    seed: int = 0,
+    order: int,
+    modes: Sequence[Mode],
+    tol: float | None,
+    reference: Any,
+    seed: int,
 ) -> GradientReport:
     """`compare_gradients` of what is taken apart already."""
     unknown = [mode for mode in modes if mode not in MODES]
