@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from implicitlayers.testing import metamorphic
+from implicitlayers.testing import metamorphic, patterns
 from implicitlayers.testing.compare import Mode
 from implicitlayers.testing.gradients import MODES, compare, expect_tolerance, tolerance
 from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients, combined
@@ -173,6 +173,9 @@ def examine(
     subject, seed = Subject.of(layer, inputs), seed_of(inputs)
     report = compare(subject, inputs, order, modes, tol, reference, seed)
     tol = tolerance(subject) if tol is None else tol
+    if subject.is_random(tol):
+        # What is true of every layer is true of functions; this draws random numbers.
+        return report
     return combined([report, GradientReport(tuple(_properties(subject, order, modes, tol, batched, seed)))])
 
 
@@ -181,6 +184,8 @@ def _properties(
 ) -> Iterator[Comparison]:
     if "reverse" in modes:
         yield from metamorphic.linear_in_cotangent(subject, tol, seed)
+        yield from patterns.some_constant(subject, tol, seed)
+        yield from patterns.some_cotangents(subject, tol, seed)
         if "forward" in modes:
             yield from metamorphic.forward_is_reverse(subject, tol, seed)
         if order == 2:
@@ -189,6 +194,7 @@ def _properties(
             yield from metamorphic.lanes_are_independent(subject, tol, seed)
     if "vmap" in modes:
         yield from metamorphic.lanes_permute(subject, tol, seed)
+        yield from patterns.some_mapped(subject, tol, seed)
 
 
 def _pairs(inputs: SearchStrategy[Any], starts: SearchStrategy[Any]) -> SearchStrategy[Any]:

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from implicitlayers.testing.finite_difference import reach
-from implicitlayers.testing.quotients import (
-    Oracle,
-    Quotients,
-    Setting,
-    Vector,
-    contract,
-    filled,
-    negligible,
-    quotients,
-    stack,
-)
-from implicitlayers.testing.report import LOOSE, Comparison, judge, left_out, named, remedy
+from implicitlayers.testing.lanes import MAPPED, lanes
+from implicitlayers.testing.quotients import Oracle, Quotients, Setting, Vector, contract, filled, quotients
+from implicitlayers.testing.report import LOOSE, RANDOM, Comparison, judge, left_out, named, remedy
 from implicitlayers.testing.subject import Subject
 from implicitlayers.testing.vectors import flat, generator, largest, normal_like
 from implicitlayers.testing.worst_entry import worst_entry
@@ -30,8 +21,6 @@ from implicitlayers.testing.worst_entry import worst_entry
 __all__ = ["Comparing", "Mode"]
 
 Mode = Literal["reverse", "forward", "vmap"]
-
-MAPPED = "vmap, values"
 
 SMALL = 100_000
 """Most numbers in the inputs of a layer that is evaluated at many points at once: it takes twenty times the memory."""
@@ -67,10 +56,14 @@ class Comparing:
 
     def run(self, modes: Sequence[Mode], order: int) -> tuple[Comparison, ...]:
         """Everything asked for."""
+        if self.subject.is_random(self.tol):
+            difference, size = self.subject.scatter
+            reason = f"They differ by {difference:.1e}, and are of size {size:.1e}. {RANDOM}"
+            return (Comparison("values, recorded", "the same without the tape", "inconclusive", reason=reason),)
         if "vmap" in modes:
             # What is mapped is the gradient by the tape.
             modes = (*modes, "reverse")
-        found = [*self.lanes(order)] if "vmap" in modes else []
+        found = [*lanes(self.subject, self.v, self.tol, self.seed, order, self.settle)] if "vmap" in modes else []
         # Where the layer maps, the oracle may map it as well; a second opinion never does.
         fast = any(c.what == MAPPED and c.verdict == "agree" for c in found)
         comparing = replace(self, mapping=fast and sum(leaf.numel() for leaf in self.x) <= SMALL)
@@ -178,11 +171,14 @@ class Comparing:
                     lambda steps, o=oracle: o(steps).part(self.contracted),
                     self.output_of,
                 )
-                yield self.localized(comparison, i, reverse) if comparison.is_wrong else comparison
+                yield self.localized(comparison, i, reverse)
             if "forward" in modes:
                 comparison = self.settle(
                     f"forward mode, derivative in {name}",
-                    lambda i=i: flat(self.subject.forward(self.x, self.only(i, self.d[i]))),
+                    # The others are constants, as they often are in use.
+                    lambda i=i: flat(
+                        self.subject.forward(self.x, [self.d[i] if i == j else None for j in range(len(self.x))])
+                    ),
                     lambda steps, o=oracle: o(steps).part(slice(self.contracted.start)),
                     functools.partial(named, *self.outputs),
                 )
@@ -216,20 +212,32 @@ class Comparing:
         weights = w if by_tape else v
         twice = functools.cache(lambda: subject.reverse_twice(x, v, w))
         for i, name in enumerate(subject.names):
-            d = self.only(i, self.d[i])
-            oracle = self.along(*self.first_derivative(by_tape), i, self.d[i], weights)
-            routes: dict[str, Callable[[], Tensor]] = {}
+
+            def along(d: Tensor, i: int = i) -> Oracle:
+                oracle = self.along(*self.first_derivative(by_tape), i, d, weights)
+                return lambda steps: oracle(steps).part(slice(-1, None))
+
+            routes: dict[str, Callable[[Tensor], Tensor]] = {}
             if by_tape:
-                routes["reverse over reverse"] = lambda i=i: contract([twice()[i]], [self.d[i]], 1)
+                routes["reverse over reverse"] = lambda d, i=i: contract([twice()[i]], [d], 1)
             if by_tape and "forward" in modes:
-                routes["forward over reverse"] = lambda d=d: contract(subject.forward_of_reverse(x, v, d), w, 1)
+                routes["forward over reverse"] = lambda d, i=i: contract(
+                    subject.forward_of_reverse(x, v, self.only(i, d)), w, 1
+                )
             if "forward" in modes:
-                routes["forward over forward"] = lambda d=d: contract(subject.forward_twice(x, w, d), v, 1)
+                routes["forward over forward"] = lambda d, i=i: contract(
+                    subject.forward_twice(x, w, self.only(i, d)), v, 1
+                )
+            oracle = along(self.d[i])
             for route, product in routes.items():
                 what = f"{route}, second derivative in {name}"
-                yield self.settle(
-                    what, product, lambda r, o=oracle: o(r).part(slice(-1, None)), of="the first derivative"
-                )
+                found = self.settle(what, lambda p=product, i=i: p(self.d[i]), oracle, of="the first derivative")
+                if found.is_wrong:
+                    of = "⟨Jᵀv, w⟩" if by_tape else "⟨v, Jw⟩"
+                    found = worst_entry(
+                        found, name, x[i], lambda d, a=along: a(d)(FIRST), product, [f"the gradient of {of}"], self.tol
+                    )
+                yield found
 
     def first_derivative(
         self, by_tape: bool
@@ -252,60 +260,6 @@ class Comparing:
     def _cast(self) -> tuple[tuple[Vector, Vector], tuple[Vector, Vector]]:
         leaves = self.reference.leaves
         return (self.v, self.reference.here.leaves), (self.w, leaves)
-
-    def lanes(self, order: int) -> Iterator[Comparison]:
-        """Values and gradients of two lanes under vmap, against a loop over them by routes compared elsewhere."""
-        subject = self.subject
-        x, count = subject.lanes, len(subject.lanes[0])
-        v = normal_like(stack([self.v] * count), generator(self.seed + 4))
-        w = normal_like(x, generator(self.seed + 5))
-
-        def row(vectors: Vector, k: int) -> Vector:
-            return [t[k] for t in vectors]
-
-        def gradient(k: int) -> Vector:
-            return filled(subject.rows[k].pull(row(v, k)), row(x, k))
-
-        def second(k: int) -> Vector:
-            return filled(subject.reverse_twice(row(x, k), row(v, k), row(w, k)), row(x, k))
-
-        outputs = [f"output{path}" for path in subject.here.paths]
-        together: dict[str, tuple[Callable[[], Sequence[Tensor]], Callable[[int], Vector], list[str]]] = {
-            MAPPED: (lambda: subject.mapped.values, lambda k: subject.rows[k].values, outputs),
-            "reverse mode through vmap": (lambda: filled(subject.mapped.pull(v), x), gradient, subject.names),
-        }
-        if order == 2:
-            twice = "reverse over reverse through vmap"
-            together[twice] = (lambda: filled(subject.vmapped_reverse_twice(x, v, w), x), second, subject.names)
-        # A derivative is of the size of a value over that of the inputs, unless what it is made of cancels.
-        natural = largest([value.nan_to_num() for value in subject.here.leaves])
-        for what, (vmapped, alone, names) in together.items():
-            yield self.against_loop(what, vmapped, alone, names, natural)
-            natural /= max(largest(self.x), 2.0**-7)
-
-    def against_loop(
-        self,
-        what: str,
-        vmapped: Callable[[], Sequence[Tensor]],
-        alone: Callable[[int], Vector],
-        names: list[str],
-        natural: float,
-    ) -> Comparison:
-        """Compare tensors ``[lanes, ...]`` with those of each lane alone; `natural` is the size of such numbers."""
-        try:
-            expected = stack([alone(k) for k in range(len(self.subject.lanes[0]))])
-        except Exception as error:  # As in `settle`: the loop needs the tape.
-            return Comparison.raised(what, "a loop over the lanes", left_out(what.replace(" through vmap", "")), error)
-        sizes = [torch.full_like(lane, largest([lane.nan_to_num()])) for tensor in expected for lane in tensor]
-        shapes = [lane.shape for tensor in expected for lane in tensor]
-        where = [f" in lane {k} of {name}" for name in names for k in range(len(self.subject.lanes[0]))]
-        scale = flat(sizes)
-        scale = scale.clamp_min(negligible(torch.finfo(self.dtype).eps, self.tol) * max(float(scale.max()), natural))
-        truth = flat(expected)
-        oracle = Quotients(truth, torch.zeros_like(truth), scale, 0.0)
-        entry = functools.partial(named, where, shapes)
-        settled = self.settle(what, lambda: flat(list(vmapped())), lambda _: oracle, entry)
-        return replace(settled, oracle="a loop over the lanes")
 
     def settle(
         self,
@@ -340,10 +294,16 @@ class Comparing:
         self, comparison: Comparison, i: int, reverse: Sequence[Callable[[], Sequence[Tensor | None]]]
     ) -> Comparison:
         """The same disagreement at the worst single entry of Jᵀv that is looked at, if it is there."""
-
-        def row(basis: Tensor) -> Quotients:
-            return self.values_along(i, basis)(FIRST).part(self.contracted)
-
-        paths = [f", output{path}" for path in self.subject.here.paths] if len(self.v) > 1 else [""]
+        if not comparison.is_wrong:
+            return comparison
         gradients = [pulled()[i] for pulled in reverse]
-        return self.hinted(worst_entry(comparison, self.subject.names[i], self.x[i], row, gradients, paths, self.tol))
+        paths = [f", output{path}" for path in self.subject.here.paths] if len(self.v) > 1 else [""]
+        at_entry = worst_entry(
+            comparison, self.subject.names[i], self.x[i],
+            lambda unit: self.values_along(i, unit)(FIRST).part(self.contracted),
+            lambda unit: torch.cat([contract([g], [unit], 1) for g in gradients]),
+            [f"Jᵀv{path}" for path in paths], self.tol,
+        )  # fmt: skip
+        if all(g is None for g in gradients):
+            return replace(at_entry, reason="No gradient reaches this input.")
+        return self.hinted(at_entry)

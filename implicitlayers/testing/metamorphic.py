@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from implicitlayers.status import MisuseError
-from implicitlayers.testing.quotients import contract, filled
+from implicitlayers.testing.quotients import contract, filled, negligible
+from implicitlayers.testing.recorded import Recorded, fresh, pulled
 from implicitlayers.testing.report import DUAL, MAP, TAPE, Comparison, judge
-from implicitlayers.testing.subject import Recorded, Subject, fresh, pulled
+from implicitlayers.testing.subject import Subject
 from implicitlayers.testing.vectors import Floating, flat, generator, largest, normal_like, resolution
 
 __all__ = [
-    "equal", "error_falls", "forward_is_reverse", "independent_of_start", "lanes_are_independent", "lanes_permute",
-    "linear_in_cotangent", "second_derivative_is_symmetric", "tiny_factor",
+    "cancelled", "equal", "error_falls", "forward_is_reverse", "independent_of_start", "lanes_are_independent",
+    "lanes_permute", "linear_in_cotangent", "second_derivative_is_symmetric", "tiny_factor",
 ]  # fmt: skip
 
 Tensors = Sequence[Tensor]
@@ -29,21 +30,39 @@ Tensors = Sequence[Tensor]
 
 SMALL = "A backward that squares its cotangent, or solves to an absolute tolerance, loses small ones."
 
+CHANGING = "Either the backward changes what it has saved, or the layer draws random numbers."
+
 ROUNDING = 1e-6
-"""A number that is compared without an oracle, and is smaller, counts as what is left of larger ones that cancelled."""
+"""A number of unknown origin that is smaller counts as what is left of larger ones that cancelled."""
 
 
 def equal(
-    what: str, oracle: str, found: Tensors, expected: Tensors, tol: float, scale: float | None = None
+    what: str,
+    oracle: str,
+    found: Tensors,
+    expected: Tensors,
+    tol: float,
+    scale: float | None = None,
+    least: float = ROUNDING,
 ) -> Comparison:
-    """Whether two lists of tensors are equal up to tol times the largest entry of each tensor, or times `scale`."""
+    """Whether two lists of tensors are equal up to tol times the largest entry of each tensor, or times `scale`.
+
+    A tensor of numbers below `least` is held to that size.
+    """
     sizes = [torch.full_like(e.double(), largest([e.nan_to_num()]) if scale is None else scale) for e in expected]
-    sizes = [size.clamp_min(ROUNDING) for size in sizes]
+    sizes = [size.clamp_min(least) for size in sizes]
     a, b, s = flat(found), flat(expected), flat(sizes)
     if not len(b) and not len(a):
         return Comparison(what, oracle, "agree", "nothing to compare")
     verdict, k = judge(a, b, torch.zeros_like(b), scale=s, natural=0.0, tol=tol)
     return Comparison(what, oracle, verdict, f"entry {k}", float(a[k]), float(b[k]), 0.0, tol * float(s[k]))
+
+
+def cancelled(subject: Subject, order: int, tol: float, numbers: Tensors = ()) -> float:
+    """The size below which derivatives of an order are left of larger ones that cancelled, such as these `numbers`."""
+    largest_of_all = max([largest([t.nan_to_num()]) for t in numbers], default=0.0)
+    resolved = resolution([*subject.leaves, *subject.here.leaves])
+    return negligible(resolved, tol) * max(subject.natural(order), largest_of_all)
 
 
 def attempted(what: str, compare: Callable[[], Comparison], without: str = "") -> Comparison:
@@ -71,19 +90,24 @@ def linear_in_cotangent(subject: Subject, tol: float, seed: int = 0) -> Iterator
         found = gradient([2 * a - 3 * b for a, b in zip(v, w, strict=True)])
         expected = [2 * a - 3 * b for a, b in zip(gv, gw, strict=True)]
         size = max(largest([t.nan_to_num()]) for t in (*gv, *gw))
-        return equal("linear in the cotangent", "sums of gradients", found, expected, tol, 5 * size)
+        least = cancelled(subject, 1, tol)
+        return equal("linear in the cotangent", "sums of gradients", found, expected, tol, 5 * size, least)
 
     def small() -> Comparison:
         epsilon = tiny_factor([*x, *out])
         found = [g.double() / epsilon for g in gradient([epsilon * t for t in v])]
-        compared = equal(f"cotangents of size {epsilon:.0e}", "those of size 1", found, gradient(v), tol)
+        what, expected = f"cotangents of size {epsilon:.0e}", gradient(v)
+        least = cancelled(subject, 1, tol, expected)
+        compared = equal(what, "those of size 1", found, expected, tol, least=least)
         return compared if compared.verdict == "agree" else replace(compared, reason=SMALL)
 
     def again() -> Comparison:
         fresh_graph = Recorded.of(subject.at, x)
         once, twice = filled(fresh_graph.pull(v), x), filled(fresh_graph.pull(v), x)
         # The graph at hand has been asked before.
-        return equal("gradient, asked again", "the first time", [*twice, *gradient(v)], [*once, *once], tol)
+        found, least = [*twice, *gradient(v)], cancelled(subject, 1, tol, once)
+        compared = equal("gradient, asked again", "the first time", found, [*once, *once], tol, least=least)
+        return compared if compared.verdict == "agree" else replace(compared, reason=CHANGING)
 
     yield attempted("linear in the cotangent", sums, TAPE)
     yield attempted("gradient, asked again", again, TAPE)
@@ -107,8 +131,9 @@ def forward_is_reverse(subject: Subject, tol: float, seed: int = 0) -> Iterator[
         Jd, Jtv = subject.forward(x, d), subject.recorded.pull(v)
         size = max(_length(Jd, v), _length(filled(Jtv, x), d))
         return equal(
-            "forward mode ⟨v, J d⟩", "reverse mode ⟨Jᵀv, d⟩", [contract(Jd, v, 1)], [contract(Jtv, d, 1)], tol, size
-        )
+            "forward mode ⟨v, J d⟩", "reverse mode ⟨Jᵀv, d⟩", [contract(Jd, v, 1)], [contract(Jtv, d, 1)], tol, size,
+            cancelled(subject, 1, tol),
+        )  # fmt: skip
 
     yield attempted("forward mode = reverse mode", dots, DUAL)
 
@@ -123,8 +148,9 @@ def second_derivative_is_symmetric(subject: Subject, tol: float, seed: int = 0) 
         one, other = filled(subject.reverse_twice(x, v, w), x), filled(subject.reverse_twice(x, v, d), x)
         size = max(_length(one, d), _length(other, w))
         return equal(
-            "second derivative in [w, d]", "in [d, w]", [contract(one, d, 1)], [contract(other, w, 1)], tol, size
-        )
+            "second derivative in [w, d]", "in [d, w]", [contract(one, d, 1)], [contract(other, w, 1)], tol, size,
+            cancelled(subject, 2, tol),
+        )  # fmt: skip
 
     yield attempted("symmetric second derivative", swapped, "pass order=1")
 
@@ -135,21 +161,32 @@ def _length(a: Tensors, b: Tensors) -> float:
 
 
 def lanes_permute(subject: Subject, tol: float, seed: int = 0) -> Iterator[Comparison]:
-    """Vmap over lanes in another order returns the same in that order, values and gradients."""
-    order = torch.arange(len(subject.lanes[0])).roll(1)
-    shuffled = functools.cache(
-        lambda: Recorded.of(lambda leaves: subject.vmapped()(*leaves), [leaf[order] for leaf in subject.lanes])
-    )
+    """Vmap over other lanes, in another order and in the last dimension, returns the same for each, and its gradient.
+
+    They are one more than before, since two lanes are a special case: there the second is the last.
+    """
+    count = len(subject.lanes[0])
+    order = torch.arange(-1, count) % count
+
+    def shuffle() -> Recorded:
+        # The last dimension of a tensor that has one more.
+        lanes = [leaf[order].movedim(0, -1) for leaf in subject.lanes]
+        return Recorded.of(lambda leaves: subject.vmapped(-1)(*leaves), lanes)
+
+    shuffled = functools.cache(shuffle)
 
     def values() -> Comparison:
-        found, straight = shuffled().values, subject.mapped.values
-        return equal("vmap, lanes in another order", "those lanes", found, [t[order] for t in straight], tol)
+        found, expected = shuffled().values, [t[order] for t in subject.mapped.values]
+        least = cancelled(subject, 0, tol, expected)
+        return equal("vmap, lanes in another order", "those lanes", found, expected, tol, least=least)
 
     def gradients() -> Comparison:
         v = normal_like(subject.mapped.values, generator(seed + 18))
-        found = filled(shuffled().pull([t[order] for t in v]), subject.lanes)
-        straight = filled(subject.mapped.pull(v), subject.lanes)
-        return equal("gradient of vmap, lanes in another order", "those", found, [t[order] for t in straight], tol)
+        found = filled(shuffled().pull([t[order] for t in v]), shuffled().given)
+        found = [t.movedim(-1, 0) for t in found]
+        expected = [t[order] for t in filled(subject.mapped.pull(v), subject.lanes)]
+        least = cancelled(subject, 1, tol, expected)
+        return equal("gradient of vmap, lanes in another order", "those", found, expected, tol, least=least)
 
     yield attempted("vmap, lanes in another order", values, MAP)
     yield attempted("gradient of vmap, lanes in another order", gradients, MAP)
@@ -174,7 +211,8 @@ def lanes_are_independent(subject: Subject, tol: float, seed: int = 0) -> Iterat
             if not leaf.ndim or len(leaf) != size:
                 raise ValueError(f"output{path} {[*leaf.shape]} does not have the batch of {size} in dimension 0.")
         columns = zip(*(row.values for row in alone()), strict=True)
-        return equal("batch", "a loop over it", subject.here.leaves, [torch.cat(column) for column in columns], tol)
+        found, expected = subject.here.leaves, [torch.cat(column) for column in columns]
+        return equal("batch", "a loop over it", found, expected, tol, least=cancelled(subject, 0, tol, expected))
 
     def gradients() -> Comparison:
         rows = [filled(row.pull([t[k : k + 1] for t in v]), row.given) for k, row in enumerate(alone())]
@@ -183,7 +221,8 @@ def lanes_are_independent(subject: Subject, tol: float, seed: int = 0) -> Iterat
             for leaf, column in zip(subject.leaves, zip(*rows, strict=True), strict=True)
         ]
         found = filled(subject.recorded.pull(v), subject.leaves)
-        return equal("gradient of a batch", "a loop over it", found, expected, tol)
+        least = cancelled(subject, 1, tol, expected)
+        return equal("gradient of a batch", "a loop over it", found, expected, tol, least=least)
 
     yield attempted("batch = loop", values)
     yield attempted("gradient of a batch = loop", gradients)

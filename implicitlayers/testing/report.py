@@ -20,6 +20,12 @@ LOOSE = (
 )
 """What a small disagreement may be."""
 
+RANDOM = (
+    "There is no derivative to compare where two evaluations at the same inputs differ: if the layer draws random "
+    "numbers (dropout, noise), let it seed them itself, or switch them off (eval())."
+)
+"""What a layer's values are that change from one evaluation to the next."""
+
 Verdict = Literal["agree", "disagree", "inconclusive"]
 
 CERTAIN = 10.0

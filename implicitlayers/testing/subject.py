@@ -8,7 +8,7 @@ torch.func.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,43 +19,14 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from implicitlayers.status import Solution
-from implicitlayers.testing.vectors import Floating
+from implicitlayers.testing.quotients import negligible
+from implicitlayers.testing.recorded import Leaves, Recorded, fresh, pair, pulled
+from implicitlayers.testing.vectors import Floating, largest, resolution
 
-__all__ = ["Recorded", "Subject", "copied"]
+__all__ = ["Subject", "copied"]
 
 LANES = (1.0, 1.0 + 1 / 32)
 """What the inputs are multiplied by to make lanes of them: positive definite, sparse or symmetric stays what it is."""
-
-Leaves = Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One evaluation on the tape, whose gradient is taken as often as one likes.
-
-    Attributes:
-        given: what went in.
-        out: what came out, with its graph.
-    """
-
-    given: list[Tensor]
-    out: list[Tensor]
-
-    @classmethod
-    def of(cls, function: Callable[[Leaves], Sequence[Tensor]], leaves: Leaves) -> Recorded:
-        """Evaluate."""
-        with torch.enable_grad():
-            given = [fresh(leaf) for leaf in leaves]
-            return cls(given, list(function(given)))
-
-    @property
-    def values(self) -> list[Tensor]:
-        """What came out, without its graph."""
-        return [o.detach() for o in self.out]
-
-    def pull(self, v: Leaves) -> list[Tensor | None]:
-        """Jᵀ v; None for a leaf that no gradient reaches."""
-        return pulled(self.out, self.given, v, record=False, retain=True)
 
 
 @dataclass(frozen=True)
@@ -117,11 +88,47 @@ class Subject:
         return Recorded.of(self.at, self.leaves)
 
     @functools.cached_property
+    def scatter(self) -> tuple[float, float]:
+        """How far a second evaluation is from the first, and the size of the values, of the output that differs most.
+
+        Of a layer that draws random numbers the one is as large as the other.
+        """
+        try:
+            pairs = zip(self.here.leaves, self.recorded.values, strict=True)
+        except Exception:  # It says what it raises where it is asked for a gradient.
+            return 0.0, 1.0
+        both = [[t.double().nan_to_num() for t in pair] for pair in pairs]
+        found = [(largest([a - b]), max(largest([a]), largest([b]))) for a, b in both]
+        return max(found, key=lambda numbers: numbers[0] / max(numbers[1], 1e-300))
+
+    def is_random(self, tol: float) -> bool:
+        """Whether its values change between two evaluations by more than rounding and what is negligible."""
+        difference, size = self.scatter
+        least = negligible(resolution([*self.leaves, *self.here.leaves]), tol)
+        return difference > tol * max(size, least * max(self.natural(0), largest(self.leaves)))
+
+    def natural(self, order: int) -> float:
+        """What its derivatives of an order amount to, unless what they are made of cancels: values over powers of x.
+
+        A value of zero may be what is left of numbers as large as x.
+        """
+        value = largest([value.nan_to_num() for value in self.here.leaves]) or largest(self.leaves)
+        return value / max(largest(self.leaves), 2.0**-7) ** order
+
+    @functools.cached_property
     def rows(self) -> list[Recorded]:
         """The layer at x and next to it, one after the other; twice at x where it is not defined next to it."""
+        return self.rows_in(range(len(self.leaves)))
+
+    def rows_in(self, which: Collection[int]) -> list[Recorded]:
+        """The same, with some of the leaves moved and the others in place."""
         first = self.recorded
+
+        def moved(factor: float) -> list[Tensor]:
+            return [leaf * factor if i in which else leaf for i, leaf in enumerate(self.leaves)]
+
         try:
-            rows = [first, *(Recorded.of(self.at, [leaf * factor for leaf in self.leaves]) for factor in LANES[1:])]
+            rows = [first, *(Recorded.of(self.at, moved(factor)) for factor in LANES[1:])]
         except Exception:  # Layers have exceptions of their own for where they are not defined.
             rows = []
         inside = all(bool(torch.isfinite(value).all()) for row in rows for value in row.values)
@@ -203,16 +210,26 @@ class Subject:
             given = [fresh(leaf) for leaf in leaves]
             return pulled([pair(self.reverse(given, v, record=True), w)], given, None)
 
-    def forward(self, leaves: Leaves, d: Leaves) -> list[Tensor]:
-        """J d by dual numbers; by those of torch.func, which nest, where a layer differentiates inside."""
+    def forward(self, leaves: Leaves, d: Sequence[Tensor | None]) -> list[Tensor]:
+        """J d by dual numbers; by those of torch.func, which nest, where a layer differentiates inside.
+
+        A leaf whose tangent is None is a constant.
+        """
 
         def raw() -> list[Tensor]:
             with torch.no_grad(), dual.dual_level():
-                given = [dual.make_dual(leaf, t) for leaf, t in zip(leaves, d, strict=True)]
+                pairs = zip(leaves, d, strict=True)
+                given = [leaf if t is None else dual.make_dual(leaf, t) for leaf, t in pairs]
                 return [tangent(o) for o in self.evaluated(given).leaves]
 
         def nested() -> list[Tensor]:
-            return list(jvp(lambda *x: tuple(self.evaluated(x).leaves), tuple(leaves), tuple(d))[1])
+            varying = {i: t for i, t in enumerate(d) if t is not None}
+
+            def function(*some: Tensor) -> tuple[Tensor, ...]:
+                given = dict(zip(varying, some, strict=True))
+                return tuple(self.evaluated([given.get(i, leaf) for i, leaf in enumerate(leaves)]).leaves)
+
+            return list(jvp(function, tuple(leaves[i] for i in varying), tuple(varying.values()))[1])
 
         return first_of(raw, nested)
 
@@ -239,9 +256,9 @@ class Subject:
 
         return list(jvp(once, tuple(leaves), tuple(d))[1])
 
-    def vmapped(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The layer over a leading dimension of all leaves."""
-        return vmap(lambda *leaves: tuple(self.at(leaves)))
+    def vmapped(self, dimensions: Any = 0) -> Callable[..., tuple[Tensor, ...]]:
+        """The layer over a dimension of all leaves, the leading one by default, or of each its own, or none."""
+        return vmap(lambda *leaves: tuple(self.at(leaves)), in_dims=dimensions)
 
     def vmapped_reverse(self, lanes: Leaves, v: Leaves, *, record: bool = False) -> list[Tensor | None]:
         """Jᵀ v of all lanes, by the tape around vmap."""
@@ -256,11 +273,6 @@ class Subject:
             return pulled([pair(self.vmapped_reverse(given, v, record=True), w)], given, None)
 
 
-def fresh(leaf: Tensor) -> Tensor:
-    """A copy that a tape may start from."""
-    return leaf.detach().clone().requires_grad_()
-
-
 def own(t: Tensor) -> Tensor:
     """A copy with an entry of its own for every index: an expanded tensor has fewer, and cannot be changed in place."""
     return t.clone(memory_format=torch.contiguous_format) if t.layout == torch.strided else t.clone()
@@ -268,7 +280,14 @@ def own(t: Tensor) -> Tensor:
 
 def copied(tree: Any) -> Any:
     """The tree with copies of its tensors, of which gradients still reach the originals."""
-    return pytree.tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, tree)
+
+    def copy(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        # A contiguous copy has the lanes of vmap in front, and their place may be what a layer mistakes.
+        return own(t) if t.layout == torch.strided and 0 in t.stride() else t.clone()
+
+    return pytree.tree_map(copy, tree)
 
 
 def solved(node: Any) -> bool:
@@ -298,24 +317,3 @@ def tangent(t: Tensor) -> Tensor:
     """The tangent of a dual tensor, zero where there is none."""
     found = dual.unpack_dual(t).tangent
     return torch.zeros_like(t) if found is None else found
-
-
-def pair(found: Sequence[Tensor | None], with_: Leaves) -> Tensor:
-    """⟨found, with_⟩ as a differentiable scalar; what is None counts as zero."""
-    terms = [(f * w).sum() for f, w in zip(found, with_, strict=True) if f is not None]
-    return torch.stack(terms).sum() if terms else with_[0].new_zeros(())
-
-
-def pulled(
-    out: Sequence[Tensor], leaves: Leaves, v: Leaves | None, *, record: bool = False, retain: bool = False
-) -> list[Tensor | None]:
-    """Gradients of ⟨v, out⟩; None for leaves that are not connected."""
-    weights = [torch.ones_like(o) for o in out] if v is None else v
-    reached = [(o, w) for o, w in zip(out, weights, strict=True) if o.requires_grad]
-    if not reached:
-        return [None] * len(leaves)
-    ends, cotangents = zip(*reached, strict=True)
-    found = torch.autograd.grad(
-        ends, leaves, cotangents, create_graph=record, retain_graph=record or retain, allow_unused=True
-    )
-    return list(found)

@@ -36,18 +36,28 @@ def planted(examples: int) -> int:
     return missed
 
 
-def correct(results: Path, examples: int, seconds: float, match: str) -> int:
+def correct(results: Path, examples: int, seconds: float, match: str, part: tuple[int, int]) -> int:
     """Go on looking for false alarms, print the table, and return how many there are."""
     chosen = {
         group: {name: check for name, check in layers.items() if match in name} for group, layers in CORRECT.items()
     }
     layers = {name: check for group in chosen.values() for name, check in group.items()}
-    for count in campaign.go_on(layers, results, examples, seconds):
+    which, of = part
+    mine = {name: check for i, (name, check) in enumerate(layers.items()) if i % of == which - 1}
+    for count in campaign.go_on(mine, results, examples, seconds):
         if count.alarm:
             print(f"false alarm: {count.layer}\n{count.alarm}\n", file=sys.stderr, flush=True)
     for row in campaign.table(chosen, results, examples):
         print(row)
     return sum(bool(count.alarm) for name, count in campaign.counts(results).items() if name in layers)
+
+
+def fraction(text: str) -> tuple[int, int]:
+    """ "2/3" as (2, 3)."""
+    which, of = (int(number) for number in text.split("/"))
+    if not 1 <= which <= of:
+        raise ValueError(text)
+    return which, of
 
 
 def main() -> None:
@@ -58,6 +68,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("correct.jsonl"), help="what is done; goes on from there")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long; 0 prints the table")
     parser.add_argument("--match", default="", help="only right layers whose name contains this")
+    parser.add_argument("--part", type=fraction, default=(1, 1), help="K/N: every N-th layer, for N processes at once")
     options = parser.parse_args()
     torch.set_num_threads(1)
     # Layers say at extreme cotangents that a tolerance was not reached; the kit judges what they returned.
@@ -73,7 +84,7 @@ def main() -> None:
     elif options.what == "planted":
         sys.exit(planted(options.examples or 100))
     else:
-        sys.exit(correct(options.results, options.examples or 1000, options.seconds, options.match))
+        sys.exit(correct(options.results, options.examples or 1000, options.seconds, options.match, options.part))
 
 
 if __name__ == "__main__":

@@ -97,8 +97,9 @@ def go_on(layers: Mapping[str, Check], results: Path, examples: int, seconds: fl
             return
         batch = min(max(FIRST, done[name].examples), MOST, examples - done[name].examples)
         count = look(name, layers[name], batch)
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(count)) + "\n")
+        # In one piece, so that several processes may write to one file.
+        with results.open("ab", buffering=0) as file:
+            file.write(json.dumps(asdict(count)).encode() + b"\n")
         done[name] += count
         yield count
 
