@@ -85,10 +85,11 @@ def check_layer(
 ) -> Checked:
     """Check a layer on many inputs: its gradients against finite differences, and what holds for every right layer.
 
-    The properties: the gradient is linear in the cotangent, also for tiny ones; forward mode is the transpose of
-    reverse mode; the second derivative is symmetric (order 2); vmap is a loop, in any order of the lanes; and, where
-    the layer has what they need, a batch is a loop (`batched`), the start does not matter (`starts`), and the error
-    falls with the tolerance (`at_tolerance`).
+    The properties: the gradient is linear in the cotangent, also for tiny ones, and the same when asked again, for an
+    expanded cotangent, for one of the outputs alone, and where some of the inputs are constants; forward mode is the
+    transpose of reverse mode; the second derivative is symmetric (order 2); vmap is a loop, over all of the inputs or
+    some, in any order of the lanes; and, where the layer has what they need, a batch is a loop (`batched`), the start
+    does not matter (`starts`), and the error falls with the tolerance (`at_tolerance`).
 
     The random directions follow from the numbers drawn: they differ from example to example, and a shrunk example fails
     again.

@@ -276,17 +276,17 @@ class Comparing:
         except Exception as error:  # Whatever a layer raises here is a finding about the layer.
             return Comparison.raised(what, source, left_out(what), error)
         q = oracle(FIRST)
-        verdict, k = judge(found, q.expected, q.floor, scale=q.scale, natural=q.natural, tol=self.tol)
+        verdict, k = judge(found, q, self.tol)
         reason = ""
         if verdict != "agree":
             again = oracle(SECOND_OPINION)
-            second, at = judge(found, *again[:2], scale=again.scale, natural=again.natural, tol=self.tol)
+            second, at = judge(found, again, self.tol)
             if second == "agree":
                 verdict, k, q = second, at, again
             elif verdict == "disagree" and second != "disagree":
                 verdict, reason = "inconclusive", "Two quotients with different steps contradict each other. "
         if verdict == "inconclusive":
-            reason += remedy(float(q.floor[k]), float(q.scale[k]), self.tol)
+            reason += remedy(q, k, self.tol)
         numbers = (float(t[k]) for t in (found, q.expected, q.floor, self.tol * q.scale))
         return Comparison(what, source, verdict, entry(k), *numbers, reason=reason)
 

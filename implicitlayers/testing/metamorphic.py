@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from implicitlayers.status import MisuseError
-from implicitlayers.testing.quotients import contract, filled, negligible
+from implicitlayers.testing.quotients import Quotients, contract, filled, negligible
 from implicitlayers.testing.recorded import Recorded, fresh, pulled
 from implicitlayers.testing.report import DUAL, MAP, TAPE, Comparison, judge
 from implicitlayers.testing.subject import Subject
@@ -54,7 +54,7 @@ def equal(
     a, b, s = flat(found), flat(expected), flat(sizes)
     if not len(b) and not len(a):
         return Comparison(what, oracle, "agree", "nothing to compare")
-    verdict, k = judge(a, b, torch.zeros_like(b), scale=s, natural=0.0, tol=tol)
+    verdict, k = judge(a, Quotients(b, torch.zeros_like(b), s, 0.0, s), tol)
     return Comparison(what, oracle, verdict, f"entry {k}", float(a[k]), float(b[k]), 0.0, tol * float(s[k]))
 
 

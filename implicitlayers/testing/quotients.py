@@ -12,6 +12,7 @@ from implicitlayers.testing.finite_difference import differentiate, reach
 from implicitlayers.testing.vectors import Floating, flat, largest
 
 __all__ = [
+    "CERTAIN",
     "Oracle",
     "Quotients",
     "Setting",
@@ -27,6 +28,10 @@ __all__ = [
 NEGLIGIBLE = 1e-3
 """A derivative so much smaller than the natural one is held to the absolute tolerance that goes with this size: it is
 what is left of larger numbers that cancelled."""
+
+CERTAIN = 10.0
+"""A difference must exceed the measured floor this many times before it counts as one: the error estimate of a finite
+difference is too small in a few of a thousand cases, but never by so much in the 10,000 functions of the study."""
 
 CANCELLED = 256
 """Units of the last place that are lost where such numbers cancel."""
@@ -48,17 +53,25 @@ class Quotients(NamedTuple):
         floor: their error estimates.
         scale: what a derivative of their kind amounts to: the largest entry of the same tensor; for a contraction the
             length of its summands, which do not cancel in it.
-        natural: see `judge`.
+        natural: size of a derivative by which the value would change as much as its own size when the input does. A
+            derivative that is zero is told from others by this.
+        size: what they amount to without regard to `natural`: where they are negligible beside it, `scale` is more.
     """
 
     expected: Tensor
     floor: Tensor
     scale: Tensor
     natural: float
+    size: Tensor
 
     def part(self, which: slice) -> Quotients:
         """Some of the numbers."""
-        return Quotients(self.expected[which], self.floor[which], self.scale[which], self.natural)
+        some = (t[which] for t in (self.expected, self.floor, self.scale))
+        return Quotients(*some, self.natural, self.size[which])
+
+    def hidden(self, tol: float) -> Tensor:
+        """Which are so much smaller than what is natural that any other number of their size would be tolerated."""
+        return (tol * self.scale >= self.size) & (self.size > CERTAIN * self.floor)
 
     def blurred(self, error: float) -> Quotients:
         """The same for a layer that is itself only good to so much."""
@@ -131,14 +144,13 @@ def quotients(
     squares = torch.stack([(v * w.double()).square().sum().cpu() for v, w in zip(values, weights, strict=True)])
     natural = largest([value.nan_to_num() for value in found.here.leaves]) / reach(x, d)
     limits = torch.finfo(setting.dtype)
-    sizes = flat([*scale, squares.sqrt(), squares.sum().sqrt()]).clamp_min(
-        negligible(limits.eps, setting.tol) * natural + limits.tiny / limits.eps / setting.tol
-    )
+    own = flat([*scale, squares.sqrt(), squares.sum().sqrt()])
+    sizes = own.clamp_min(negligible(limits.eps, setting.tol) * natural + limits.tiny / limits.eps / setting.tol)
     expected, error = flat(found.derivative), flat(found.error)
     # A value that is zero all along the line may be what is left of numbers as large as x.
     nothing = (expected == 0) & (error == 0)
     sizes = torch.where(nothing, sizes.clamp_min(limits.eps * largest(x) / reach(x, d) / setting.tol), sizes)
-    return Quotients(expected, error, sizes, natural)
+    return Quotients(expected, error, sizes, natural, own)
 
 
 def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from implicitlayers.testing.quotients import CERTAIN, Quotients
+
 __all__ = ["Comparison", "GradientMismatch", "GradientReport", "InconclusiveGradients", "Verdict", "combined", "judge"]
 
 # How not to ask for what a layer does not support.
@@ -27,10 +29,6 @@ RANDOM = (
 """What a layer's values are that change from one evaluation to the next."""
 
 Verdict = Literal["agree", "disagree", "inconclusive"]
-
-CERTAIN = 10.0
-"""A difference must exceed the measured floor this many times before it counts as one: the error estimate of a finite
-difference is too small in a few of a thousand cases, but never by so much in the 10,000 functions of the study."""
 
 
 class GradientMismatch(AssertionError):  # noqa: N818 - a failed assertion, named as what it found
@@ -163,22 +161,17 @@ class GradientReport:
         return "\n".join(lines)
 
 
-def judge(
-    found: Tensor, expected: Tensor, floor: Tensor, *, scale: Tensor, natural: float, tol: float
-) -> tuple[Verdict, int]:
+def judge(found: Tensor, oracle: Quotients, tol: float) -> tuple[Verdict, int]:
     """Verdict on a vector of numbers, and the index of the worst.
 
     Args:
         found: what the layer says, ``[m]``.
-        expected: what the oracle says, ``[m]``.
-        floor: the oracle's own error, ``[m]``.
-        scale: size of a derivative like each of these, which `tol` is relative to, ``[m]``.
-        natural: size of a derivative by which the value would change as much as its own size when the input does. A
-            derivative that is zero is told from others by this.
-        tol: relative tolerance.
+        oracle: what the oracle says, how wrong it may be, and what such numbers amount to.
+        tol: tolerance, relative to the latter.
     """
+    expected, scale, natural = oracle.expected, oracle.scale, oracle.natural
     difference = torch.where(torch.isfinite(found), (found - expected).abs(), torch.inf)
-    floor = torch.where(torch.isfinite(expected), floor, torch.inf)
+    floor = torch.where(torch.isfinite(expected), oracle.floor, torch.inf)
     allowed = tol * scale
     # Where a part of the output jumps by its own size, x lies on a discontinuity, and a quotient across it may look
     # smooth in another part (the Q of a QR decomposition at the identity).
@@ -186,6 +179,9 @@ def judge(
     wrong = torch.isfinite(floor) & (difference > allowed + CERTAIN * floor) & (not jumps)
     resolved = floor <= tol * scale.clamp_min(natural)
     agreed = resolved & (difference <= allowed + floor)
+    # What is hidden agrees as any other number of its size would, unless it is seen to agree by its own size.
+    own = tol * oracle.size
+    agreed &= ~oracle.hidden(tol) | ((floor <= own) & (difference <= own + floor))
     if bool(wrong.any()):
         excess = torch.where(wrong, difference / (allowed + floor).clamp_min(1e-300), -1.0)
         return "disagree", int(excess.nan_to_num(nan=-1.0, posinf=torch.inf).argmax())
@@ -220,10 +216,17 @@ def index(k: int, shape: torch.Size) -> str:
     return str([int(i) for i in torch.unravel_index(torch.tensor(k), shape)]) if shape else ""
 
 
-def remedy(floor: float, scale: float, tol: float) -> str:
-    """What to do about an oracle that cannot see."""
+def remedy(oracle: Quotients, k: int, tol: float) -> str:
+    """What to do about an oracle that cannot see its k-th number."""
+    floor, scale = float(oracle.floor[k]), float(oracle.scale[k])
     if floor == float("inf"):
         return "No difference quotient could be formed: the layer is not defined, or not finite, on both sides of x."
+    if bool(oracle.hidden(tol)[k]):
+        return (
+            f"A derivative of size {float(oracle.size[k]):.1e} is what is left of numbers of size {oracle.natural:.1e}, "
+            "judging by the values, and rounding may have taken it: take the large constant part out of what the layer "
+            "returns, or compute in float64."
+        )
     return (
         f"Differences of the layer are good to {floor:.1e} only, against a derivative of size {scale:.1e}: its values "
         "scatter, or are not smooth near x. Solve more tightly (rtol, atol, max_steps) or in float64, move away from a "

@@ -11,6 +11,7 @@ from implicitlayers.testing import (
     assert_gradients_match,
     compare_gradients,
 )
+from implicitlayers.testing.quotients import Quotients
 from implicitlayers.testing.report import judge
 from tests.testing.planted import cubic, function, linear, same, tangent, transposed
 
@@ -198,9 +199,9 @@ def test_what_cannot_be_called_is_told():
         compare_gradients(B, B)
 
 
-def _judge(found, expected, floor, scale=1.0, natural=1.0, tol=1e-6):
-    found, expected, floor = (torch.tensor([t], dtype=F64) for t in (found, expected, floor))
-    return judge(found, expected, floor, scale=torch.tensor([scale], dtype=F64), natural=natural, tol=tol)[0]
+def _judge(found, expected, floor, scale=1.0, natural=1.0, size=1.0, tol=1e-6):
+    found, expected, floor, scale, size = (torch.tensor([t], dtype=F64) for t in (found, expected, floor, scale, size))
+    return judge(found, Quotients(expected, floor, scale, natural, size), tol)[0]
 
 
 @pytest.mark.parametrize(
@@ -223,8 +224,27 @@ def test_verdicts(found, floor, verdict):
 
 def test_no_floor_above_the_tolerance_passes():
     assert _judge(1.0, 1.0, 1.1e-6) == "inconclusive"
-    assert _judge(0.0, 0.0, 1e-9, scale=0.0) == "agree"
-    assert _judge(0.0, 0.0, 1e-5, scale=0.0) == "inconclusive"
+    assert _judge(0.0, 0.0, 1e-9, scale=0.0, size=0.0) == "agree"
+    assert _judge(0.0, 0.0, 1e-5, scale=0.0, size=0.0) == "inconclusive"
+
+
+def test_what_any_number_would_pass_for_is_inconclusive():
+    # A derivative of 1 where 1e10 is natural, and 1e7·tol is negligible.
+    assert _judge(1.0, 1.0, 1e-7, scale=1e7, natural=1e10) == "agree"
+    assert _judge(2.0, 1.0, 1e-7, scale=1e7, natural=1e10) == "inconclusive"
+    assert _judge(1.0, 1.0, 1e-5, scale=1e7, natural=1e10) == "inconclusive"
+    # Nothing is seen of it.
+    assert _judge(2.0, 1.0, 0.5, scale=1e7, natural=1e10) == "agree"
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_large_constant_part_is_told(factor):
+    def layer(x):
+        return 1e10 + x.square() + (factor - 1) * (x.square() - x.square().detach())
+
+    report = compare_gradients(layer, torch.tensor([1.0, 2.0], dtype=F64), modes=("reverse",))
+    assert report.verdict == "inconclusive"
+    assert "constant part" in str(report)
 
 
 @pytest.mark.parametrize(("error", "right"), [(2e-5, True), (1e-3, False)])
