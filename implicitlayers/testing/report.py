@@ -223,8 +223,8 @@ def remedy(oracle: Quotients, k: int, tol: float) -> str:
         return "No difference quotient could be formed: the layer is not defined, or not finite, on both sides of x."
     if bool(oracle.hidden(tol)[k]):
         return (
-            f"A derivative of size {float(oracle.size[k]):.1e} is what is left of numbers of size {oracle.natural:.1e}, "
-            "judging by the values, and rounding may have taken it: take the large constant part out of what the layer "
+            f"A derivative of size {float(oracle.size[k]):.1e} is left of numbers of {oracle.natural:.1e}, judging by "
+            "the values, and rounding may have taken it: take the large constant part out of what the layer "
             "returns, or compute in float64."
         )
     return (

@@ -47,6 +47,8 @@ def correct(results: Path, examples: int, seconds: float, match: str, part: tupl
     for count in campaign.go_on(mine, results, examples, seconds):
         if count.alarm:
             print(f"false alarm: {count.layer}\n{count.alarm}\n", file=sys.stderr, flush=True)
+    if part == (1, 1):
+        campaign.compact(results)
     for row in campaign.table(chosen, results, examples):
         print(row)
     return sum(bool(count.alarm) for name, count in campaign.counts(results).items() if name in layers)

@@ -59,6 +59,12 @@ def counts(results: Path) -> dict[str, Count]:
     return found
 
 
+def compact(results: Path) -> None:
+    """Leave one line of each layer in the file, in alphabetical order. No other process may be writing to it."""
+    lines = [json.dumps(asdict(count)) for _, count in sorted(counts(results).items())]
+    results.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
 def look(layer: str, check: Check, examples: int) -> Count:
     """One batch."""
     begin = time.process_time()

@@ -2,7 +2,7 @@
 
 from implicitlayers.testing import Checked, GradientMismatch, GradientReport, InconclusiveGradients
 from implicitlayers.testing.report import Comparison
-from tests.testing.campaign import Count, counts, go_on, table
+from tests.testing.campaign import Count, compact, counts, go_on, table
 
 
 def _raises(kind):
@@ -43,3 +43,7 @@ def test_it_goes_on_after_an_interruption(tmp_path):
     (count,) = go_on({"right": LAYERS["right"]}, results, examples=6, seconds=60)
     assert count == Count("right", 2, 0, count.seconds)
     assert list(go_on({"right": LAYERS["right"]}, results, examples=9, seconds=0)) == []
+    done = counts(results)
+    compact(results)
+    assert counts(results) == done
+    assert len(results.read_text().splitlines()) == 1
