@@ -89,7 +89,7 @@ def train(
             longer finite, in which case the last checkpoint is from before; if TensorBoard is asked for and missing;
             if another process has ended; or as FirstFailedError in place of what the first process raises.
         CheckpointError: if a checkpoint cannot be read or written, or was made with other data.
-        ConfigError: if the processes cannot share the tasks.
+        ConfigError: if there are more processes than tasks.
         OSError: if the dataset cannot be read or the metrics not be written.
         ValueError: if the dataset is damaged or too small for these tasks.
     """
@@ -215,7 +215,7 @@ class _Run:
         """Write a row of metrics, of the meta-steps since the one before; the last one has a validation."""
         config = self._config
         meter = self._meta_step.meter
-        self._processes.average(meter.sums)
+        self._processes.average(config.tasks, meter.sums)
         validates = self.meta_step % config.validate_every == 0
         if self.meta_step == config.meta_steps and not validates:
             validates = True
@@ -250,7 +250,7 @@ class _Run:
         told = f"the parameters are no longer finite at meta-step {self.meta_step}"
         self._processes.from_first(lambda: _check(finite, told))
         # Every process goes on from the mean, as one that is resumed from here does.
-        self._processes.average(self._meta_step.meter.sums)
+        self._processes.average(self._config.tasks, self._meta_step.meter.sums)
         if self._best is not None:
             tensors |= self._best.tensors()
         if self._ending is not None:
