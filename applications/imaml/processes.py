@@ -2,8 +2,8 @@
 
 All processes hold the same meta-parameters, draw the same tasks from the same stream of random numbers, and take the
 same steps. Each differentiates only its share of the tasks of a meta-step: the meta-gradient over T tasks is
-1/T sum_i g_i = sum_p (T_p/T) m_p, where m_p is the mean over the T_p tasks of process p, and it is the one thing that is
-sent around. Shares differ by one task at most. Batch normalisation sees the images of one task, so nothing else ties
+1/T sum_i g_i = sum_p (T_p/T) m_p, where m_p is the mean over the T_p tasks of process p, and it is the one thing that
+is sent around. Shares differ by one task at most. Batch normalisation sees the images of one task, so nothing else ties
 tasks together, and a run is the same for every N up to T but for rounding.
 
 The first process alone touches the folder of the run. What it finds there, or fails at, it hands to the others, so that

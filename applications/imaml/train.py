@@ -107,7 +107,7 @@ def train(
             run.step()
             display.step(run.meta_step)
             if run.meta_step % config.log_every == 0 or run.meta_step == config.meta_steps:
-                display.row(run.record())
+                display.row(run.record(), run.recording_seconds)
             late = limits.seconds is not None and time.monotonic() - begun >= limits.seconds
             # Asked after every step, since a signal doesn't reach all processes in the same one.
             stop = processes.any(late or interrupted.is_set())
@@ -153,6 +153,8 @@ class _Run:
         self.meta_step = 0
         self._trained_seconds = 0.0
         self._row_seconds = 0.0
+        # Of the last row: validating, writing and drawing.
+        self.recording_seconds = 0.0
         self._clock = time.monotonic()
         self._best: Best | None = None
         self._ending: Ending | None = None
@@ -231,8 +233,9 @@ class _Run:
         self._processes.from_first(lambda: self._write(row))
         if validates:
             self.draw()
-        # Time spent validating is time of the run, but not of the next row's tasks.
+        # Time spent validating is time of the run, but not of any row's tasks.
         self._tick()
+        self.recording_seconds = self._trained_seconds - row["seconds"]
         self._row_seconds = self._trained_seconds
         return row
 
