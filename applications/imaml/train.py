@@ -37,13 +37,9 @@ from applications.imaml.metrics import MetricsFile, read_metrics
 from applications.imaml.networks import Parameters, initialize
 from applications.imaml.processes import Processes
 from applications.imaml.progress import Display, announced
+from applications.imaml.remedies import remedies
 from applications.imaml.run_folder import CURVE, EVENTS, METRICS, RunError, claim
 from applications.imaml.words import counted
-
-_CALMER = (
-    "start a run with a smaller inner_lr or meta_lr, a larger lam or damping, or curvature='gauss-newton'; the last "
-    "checkpoint is from before."
-)
 
 
 @dataclass(frozen=True)
@@ -126,9 +122,11 @@ def _what(config: Config) -> str:
     )
 
 
-def _check(finite: bool, told: str) -> None:
+def _check(finite: bool, told: str, config: Config) -> None:
     if not finite:
-        raise RunError(f"{told}; {_CALMER}")
+        raise RunError(
+            f"{told}; start a run in a new folder with {remedies(config)}; the last checkpoint is from before."
+        )
 
 
 class _Run:
@@ -225,7 +223,7 @@ class _Run:
         taken = (self.meta_step - 1) % config.log_every + 1
         row: dict[str, float] = {"meta_step": self.meta_step, **meter.take(taken)}
         told = f"the query loss is {row['query_loss']} in the {taken} meta-steps before {self.meta_step}"
-        self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told))
+        self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told, config))
         self._tick()
         row["seconds"] = self._trained_seconds
         row["tasks_per_second"] = taken * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
@@ -251,7 +249,7 @@ class _Run:
         # Sums of what an algorithm doesn't have are NaN.
         finite = all(bool(value.isfinite().all()) for name, value in tensors.items() if name != "meter")
         told = f"the parameters are no longer finite at meta-step {self.meta_step}"
-        self._processes.from_first(lambda: _check(finite, told))
+        self._processes.from_first(lambda: _check(finite, told, self._config))
         # Every process goes on from the mean, as one that is resumed from here does.
         self._processes.average(self._config.tasks, self._meta_step.meter.sums)
         if self._best is not None:
