@@ -255,7 +255,7 @@ def test_paper_settings_are_the_papers():
     assert (descent.meta_lr, descent.tasks, descent.schedule) == (1e-3, 32, "constant")
     assert descent.curvature == "hessian-unguarded"
     assert newton.inner == "hessian-free"
-    assert (first.algorithm, first.lam, first.curvature) == ("fomaml", 2, "gauss-newton")
+    assert (first.algorithm, first.lam, first.curvature) == ("fomaml", 0, "gauss-newton")
     photographs = config_of(TABLES["mini-imagenet"][0], "paper", 0, Overrides(root="somewhere"))
     assert (photographs.lam, photographs.inner_steps, photographs.queries) == (0.5, 10, 15)
     chosen = config_of(TABLES["omniglot"][0], "paper", 0, Overrides(root="somewhere", curvature="hessian"))
