@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
+from applications.datasets.recognition import START, recognised
+
 _ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 _UNREADABLE_MEMBER = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
 
@@ -101,28 +103,11 @@ def check_zip(path: Path, origin: str) -> None:
         ValueError: if it is empty, an HTML page or anything else but a zip.
     """
     with path.open("rb") as file:
-        start = file.read(512)
+        start = file.read(START)
     if start.startswith(_ZIP_MAGIC):
         return
-    if not start:
-        found = "is empty, as after an interrupted download"
-    elif is_page(start):
-        found = "is an HTML page, such as a server sends in place of a file it refuses"
-    else:
-        found = f"starts with {start[:4]!r} where a zip starts with {_ZIP_MAGIC[0]!r}"
+    found = recognised(start) or f"starts with {start[:4]!r} where a zip starts with {_ZIP_MAGIC[0]!r}"
     raise ValueError(f"{origin} is not a zip: it {found}; download the archive again and look at the file's size.")
-
-
-def is_page(start: bytes) -> bool:
-    """Whether a file is an HTML page, judged by its first bytes.
-
-    Args:
-        start: some hundred bytes.
-
-    Returns:
-        Whether it is.
-    """
-    return re.match(rb"\s*<(!doctype|html|\?xml|!--)", start, re.IGNORECASE) is not None
 
 
 def _folder_members(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:

@@ -9,7 +9,9 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from applications.datasets.recognition import START, recognised
 
 SUFFIXES = r"\.(?i:png|jpe?g|bmp|webp)"
 
@@ -56,9 +58,10 @@ def decode(content: bytes, name: str, form: Form) -> Pixels:
         uint8 ``[channels, size, size]``, 0 black to 255 white.
 
     Raises:
-        ValueError: if it is no such file, is truncated or corrupt, or has more than 8 bits a channel.
+        ValueError: if it is no such file, which tells what it is instead, is truncated or corrupt, or has more than 8
+            bits a channel.
     """
-    with _explained(name):
+    with _explained(content, name):
         # Loading alone overlooks checksums, and a flipped bit can pass as another drawing; verifying uses an image up.
         with _open(content) as image:
             image.verify()
@@ -93,7 +96,7 @@ def extent(content: bytes, name: str) -> tuple[int, int]:
     Raises:
         ValueError: if it is no such file.
     """
-    with _explained(name), _open(content) as image:
+    with _explained(content, name), _open(content) as image:
         return image.size
 
 
@@ -102,9 +105,15 @@ def _open(content: bytes) -> Image.Image:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(content: bytes, name: str) -> Iterator[None]:
     try:
         yield
+    except UnidentifiedImageError as error:
+        found = recognised(content[:START]) or f"starts with {content[:4]!r}"
+        raise ValueError(
+            f"{name} is no image that can be read, which are PNG, JPEG, BMP and WebP: it {found}; fetch it again, "
+            f"convert it, or take it away."
+        ) from error
     except _UNREADABLE as error:
         raise ValueError(
             f"{name} is a truncated or corrupt image ({error}); its pixels cannot be restored, so fetch it again."

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from applications.datasets.archives import is_page
+from applications.datasets.recognition import START, recognised
 
 _BROKEN = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError),
@@ -41,8 +41,8 @@ def read_pickle(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            if is_page(file.peek(512)):
-                raise pickle.UnpicklingError("it is an HTML page, such as a server sends in place of a file it refuses")
+            if found := recognised(file.peek(START)):
+                raise pickle.UnpicklingError(f"it {found}")
             return _with_arrays(_Reader(file, encoding="latin1").load())
     except _RefusedError as error:
         raise ValueError(

@@ -68,7 +68,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder} ({error}); make room or get write access, "
-            f"then continue from the checkpoint before it with --resume."
+            f"then `train --resume` continues from the checkpoint before it."
         ) from error
 
 

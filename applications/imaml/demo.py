@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from applications.imaml import run_folder
 from applications.imaml.algorithms import adapt, query_logits
 from applications.imaml.config import Config
 from applications.imaml.device import use
@@ -15,7 +16,7 @@ from applications.imaml.episodes import Tasks, load_splits
 from applications.imaml.evaluate import REPORT, Protocol, mean_and_interval, measure, sampler_for
 from applications.imaml.figures import draw_tasks
 from applications.imaml.networks import Parameters
-from applications.imaml.run_folder import CURVE
+from applications.imaml.run_folder import CURVE, RunError
 from applications.imaml.train import Limits, train
 from applications.imaml.trained import load_network
 from applications.imaml.words import counted
@@ -75,6 +76,11 @@ def demo(out: Path, seconds: float | None = None, *, quiet: bool = False) -> Com
     Raises:
         RunError: if the folder holds a run already or cannot be written.
     """
+    if (out / run_folder.CONFIG).exists():
+        raise RunError(
+            f"out={str(out)!r} holds a run already, and the demo begins one of its own; pass a folder that isn't there "
+            f"yet, or none for one named after the time. `train --resume` goes on with what is there."
+        )
     meta_steps = train(CONFIG, out, Limits(seconds, quiet))
     device = use(CONFIG)
     network = load_network(out, device)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -39,9 +42,8 @@ def use(config: Config) -> torch.device:
     if device.type == "cuda":
         # The fastest convolution may add in any order, and then no run could be repeated to the bit.
         torch.backends.cudnn.deterministic = True
-        # Off is said as well: PyTorch has it on for convolutions, and float32 is the known baseline. By the names of
-        # old, since once the new ones are used PyTorch refuses to tell what the old ones are.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        # Off is said as well: PyTorch has it on for convolutions, and float32 is the known baseline.
+        _allow_tf32(config.precision == "tf32")
         return device
     if config.precision == "tf32":
         raise ConfigError(
@@ -50,6 +52,31 @@ def use(config: Config) -> torch.device:
         )
     keep_freed_memory()
     return device
+
+
+@contextmanager
+def in_float32(config: Config) -> Iterator[Config]:
+    """Judge in float32 what is trained in less: two runs compare by their networks, not by the rounding of a judgement.
+
+    Args:
+        config: of the run.
+
+    Yields:
+        The same but for the precision, in which PyTorch computes until the end.
+    """
+    tf32 = config.precision == "tf32"
+    if tf32:
+        _allow_tf32(False)
+    try:
+        yield replace(config, precision="float32")
+    finally:
+        if tf32:
+            _allow_tf32(True)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    # By the names of old, since once the new ones are used PyTorch refuses to tell what the old ones are.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def keep_freed_memory() -> None:

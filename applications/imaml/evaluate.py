@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from scipy import special
 from torch import Tensor
 
 from applications.datasets import ClassImages, own_split
 from applications.imaml.algorithms import accuracy, adapt, learnt_strengths, query_logits
 from applications.imaml.checkpoint import CheckpointName, write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
-from applications.imaml.device import use
+from applications.imaml.device import in_float32, use
 from applications.imaml.episodes import (
     SplitName,
     Tasks,
@@ -36,8 +37,6 @@ from applications.imaml.trained import Network, load_network
 from applications.imaml.words import counted
 
 REPORT = "evaluation.json"
-# 95 % of a normal distribution lies within so many standard deviations of its mean.
-NORMAL_95 = 1.96
 # Of percentages in a report: beyond what any number of tasks can tell.
 _DIGITS = 6
 
@@ -52,7 +51,7 @@ class Accuracies(NamedTuple):
 def accuracies(
     theta: Parameters, sampler: TaskSampler, config: Config, tasks: int, processes: Processes = Processes()
 ) -> Accuracies:
-    """Measure the accuracy on each of a number of tasks.
+    """Measure the accuracy on each of a number of tasks, in float32, whatever the network is trained in.
 
     Args:
         theta: meta-parameters.
@@ -64,6 +63,17 @@ def accuracies(
     Returns:
         One accuracy a task, on the CPU, of all tasks in every process.
     """
+    with in_float32(config) as exact, torch.no_grad():
+        found = _shared_accuracies(theta, sampler, exact, tasks, processes)
+    processes.add_up(found)
+    before, after = found
+    return Accuracies(before, after)
+
+
+def _shared_accuracies(
+    theta: Parameters, sampler: TaskSampler, config: Config, tasks: int, processes: Processes
+) -> Tensor:
+    """Before and after, ``[2, tasks]``, of this process's share of the tasks, and zero for the others."""
     how = Products.of(config)
 
     def judge(task: Tasks) -> tuple[Tensor, Tensor]:
@@ -71,21 +81,17 @@ def accuracies(
         before, after = (query_logits(values, task, config.batch_norm, how=how) for values in (theta, phi))
         return accuracy(before, task.query_labels), accuracy(after, task.query_labels)
 
-    # Zero is what the other processes' tasks add.
     found = torch.zeros(2, tasks, dtype=torch.float64)
-    with torch.no_grad():
-        for first in range(0, tasks, config.tasks):
-            drawn = sampler.sample(min(config.tasks, tasks - first))
-            share = processes.share(len(drawn.query_labels))
-            if share.start < share.stop:
-                judged = torch.vmap(judge)(Tasks(*(part[share] for part in drawn)))
-                count = drawn.query_labels.shape[-1]
-                # A mean in single precision is off in the eighth digit; how many were right is a whole number.
-                right = (torch.stack(judged).cpu().double() * count).round()
-                found[:, first + share.start : first + share.stop] = right / count
-    processes.add_up(found)
-    before, after = found
-    return Accuracies(before, after)
+    for first in range(0, tasks, config.tasks):
+        drawn = sampler.sample(min(config.tasks, tasks - first))
+        share = processes.share(len(drawn.query_labels))
+        if share.start < share.stop:
+            judged = torch.vmap(judge)(Tasks(*(part[share] for part in drawn)))
+            count = drawn.query_labels.shape[-1]
+            # A mean in single precision is off in the eighth digit; how many were right is a whole number.
+            right = (torch.stack(judged).cpu().double() * count).round()
+            found[:, first + share.start : first + share.stop] = right / count
+    return found
 
 
 @dataclass(frozen=True)
@@ -324,13 +330,18 @@ def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> Tas
 
 
 def mean_and_interval(fractions: Tensor) -> tuple[float, float]:
-    """Mean and 95 % interval, 1.96 s/sqrt(tasks) with s the standard deviation over tasks.
+    """Mean and half of its 95 % interval, t s/sqrt(tasks).
+
+    s is the standard deviation over tasks and t the 97.5 % quantile of Student's distribution of tasks - 1 degrees of
+    freedom, since s is itself an estimate: 12.7 for 2 tasks, 2.262 for 10, 1.984 for 100 and 1.964 for 600, where a
+    normal distribution has 1.960.
 
     Args:
-        fractions: one accuracy a task, between 0 and 1, ``[tasks]``.
+        fractions: one accuracy a task, between 0 and 1, of at least two tasks, ``[tasks]``.
 
     Returns:
         Both in percent.
     """
     percent = 100 * fractions.double()
-    return percent.mean().item(), NORMAL_95 * percent.std().item() / math.sqrt(len(percent))
+    quantile = float(special.stdtrit(len(percent) - 1, 0.975))
+    return percent.mean().item(), quantile * percent.std().item() / math.sqrt(len(percent))

@@ -56,7 +56,7 @@ class MetaStep:
         outcome = self._meta_loss(self.theta, tasks)
         self._optimizer.zero_grad()
         outcome.loss.backward()
-        self._processes.average_gradients(self.theta.values())
+        self._processes.average_gradients(self._tasks, self.theta.values())
         self._optimizer.step()
         self.meter.add(outcome)
 

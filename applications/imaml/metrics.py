@@ -25,7 +25,8 @@ last evaluated them; residual of the adjoint's linear system relative to its rig
 that system met a direction of non-positive curvature."""
 
 COLUMNS = ("meta_step", *GATHERED, "validation_accuracy", "seconds", "tasks_per_second")
-"""Columns of metrics.csv; ``seconds`` is the time spent training, over all resumptions."""
+"""Columns of metrics.csv; ``seconds`` is the time spent training, with the validations before that row, over all
+resumptions; ``tasks_per_second`` is the rate of the row's meta-steps alone, without any validation."""
 
 
 class Meter:

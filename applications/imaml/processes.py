@@ -1,10 +1,10 @@
 """One run in several processes: ``torchrun --nproc-per-node=N -m applications.imaml train ...``.
 
 All processes hold the same meta-parameters, draw the same tasks from the same stream of random numbers, and take the
-same steps. Each differentiates only its share of the tasks of a meta-step: with T tasks and N processes the
-meta-gradient 1/T sum_i g_i is the mean over processes of the means over their T/N tasks, and the one thing that is sent
-around. Batch normalisation sees the images of one task, so nothing else ties tasks together, and a run is the same for
-every N but for rounding.
+same steps. Each differentiates only its share of the tasks of a meta-step: the meta-gradient over T tasks is
+1/T sum_i g_i = sum_p (T_p/T) m_p, where m_p is the mean over the T_p tasks of process p, and it is the one thing that
+is sent around. Shares differ by one task at most. Batch normalisation sees the images of one task, so nothing else ties
+tasks together, and a run is the same for every N up to T but for rounding.
 
 The first process alone touches the folder of the run. What it finds there, or fails at, it hands to the others, so that
 all go on or all end, and it is the one that tells why. One that dies closes its connections, which ends the others; one
@@ -64,15 +64,14 @@ class Processes:
             config: of the run.
 
         Raises:
-            ConfigError: if they cannot share its tasks equally, or have no device each.
+            ConfigError: if there are more of them than tasks, or they have no device each.
         """
         if self.count == 1:
             return
-        if config.tasks % self.count:
+        if config.tasks < self.count:
             raise ConfigError(
-                f"tasks={config.tasks} cannot be shared equally by {self.count} processes; pass a multiple, for "
-                f"instance tasks={self.count * max(1, round(config.tasks / self.count))}, or start a number of "
-                f"processes that divides it."
+                f"tasks={config.tasks} cannot be shared by {self.count} processes, some of which would have no task; "
+                f"pass tasks={self.count} or more, or start {config.tasks} at most."
             )
         if ":" in config.device:
             raise ConfigError(
@@ -93,32 +92,36 @@ class Processes:
             tasks: in the batch.
 
         Returns:
-            Their places; equally many for each process if ``count`` divides ``tasks``.
+            Their places; as many as any other process has, or one more or less.
         """
         return slice(tasks * self.rank // self.count, tasks * (self.rank + 1) // self.count)
 
-    def average(self, *tensors: Tensor) -> None:
-        """Replace tensors by their means over the processes, in one message.
+    def average(self, tasks: int, *tensors: Tensor) -> None:
+        """Make means over this process's share of a batch the means over the whole, in one message.
 
         Args:
-            *tensors: of one dtype and device, of the same shapes in all processes.
+            tasks: in the batch; each process's mean counts as many times as it has tasks.
+            *tensors: means over the share, of one dtype and device, of the same shapes in all processes. What is the
+                same in all of them stays that, but for rounding.
         """
         if self.count == 1:
             return
+        share = self.share(tasks)
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        flat *= (share.stop - share.start) / tasks
         self.add_up(flat)
-        flat /= self.count
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.detach().copy_(part.view_as(tensor))
 
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def average_gradients(self, tasks: int, parameters: Iterable[Tensor]) -> None:
         """Make the gradients of the shares that of the whole.
 
         Args:
+            tasks: in the batch.
             parameters: whose ``grad`` is that of the mean over this process's tasks; those without one are the same in
                 every process.
         """
-        self.average(*(value.grad for value in parameters if value.grad is not None))
+        self.average(tasks, *(value.grad for value in parameters if value.grad is not None))
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the processes.

@@ -52,6 +52,8 @@ class Display:
     def __init__(self, total: int, done: int, tasks: int, limit: float | None, quiet: bool) -> None:
         self._total, self._first, self._tasks, self._limit, self._quiet = total, done, tasks, limit, quiet
         self._start = time.monotonic()
+        # Of it, what went into rows.
+        self._recording = 0.0
         self._bar: Progress | None = None
         self._bar_task = TaskID(0)
         console = Console()
@@ -80,12 +82,14 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=meta_step, rate=self._rate(meta_step))
 
-    def row(self, row: dict[str, float]) -> None:
+    def row(self, row: dict[str, float], seconds: float) -> None:
         """Tell a row of metrics.
 
         Args:
-            row: as written to metrics.csv.
+            row: as written to metrics.csv, whose rate is told.
+            seconds: that its validation and whatever else its rate doesn't count have taken.
         """
+        self._recording += seconds
         step = int(row["meta_step"])
         text = f"{step}/{self._total}  query loss {row['query_loss']:.3f}  accuracy {100 * row['query_accuracy']:.1f} %"
         if not math.isnan(row["validation_accuracy"]):
@@ -94,12 +98,17 @@ class Display:
             self._bar.console.print(text, highlight=False)
         elif not self._quiet:
             # Not by the console, which would break the lines of a log file; flushed, since someone may be following.
-            print(f"{text}  {self._rate(step)}", flush=True)
+            print(f"{text}  {self._told(row['tasks_per_second'], step)}", flush=True)
 
     def _rate(self, meta_step: int) -> str:
+        """That of training alone, as in metrics.csv, over all meta-steps so far."""
+        training = time.monotonic() - self._start - self._recording
+        return self._told(self._tasks * (meta_step - self._first) / max(training, 1e-9), meta_step)
+
+    def _told(self, rate: float, meta_step: int) -> str:
+        # Validations are to come as well, so the end is reckoned with them.
         elapsed = time.monotonic() - self._start
-        per_step = elapsed / max(1, meta_step - self._first)
-        left = per_step * (self._total - meta_step)
+        left = elapsed / max(1, meta_step - self._first) * (self._total - meta_step)
         if self._limit is not None:
             left = max(0.0, min(left, self._limit - elapsed))
-        return f"{self._tasks / max(per_step, 1e-9):.1f} tasks/s, {describe_seconds(left)} left"
+        return f"{rate:.1f} tasks/s, {describe_seconds(left)} left"

@@ -37,13 +37,9 @@ from applications.imaml.metrics import MetricsFile, read_metrics
 from applications.imaml.networks import Parameters, initialize
 from applications.imaml.processes import Processes
 from applications.imaml.progress import Display, announced
+from applications.imaml.remedies import remedies
 from applications.imaml.run_folder import CURVE, EVENTS, METRICS, RunError, claim
 from applications.imaml.words import counted
-
-_CALMER = (
-    "start a run with a smaller inner_lr or meta_lr, a larger lam or damping, or curvature='gauss-newton'; the last "
-    "checkpoint is from before."
-)
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def train(
             longer finite, in which case the last checkpoint is from before; if TensorBoard is asked for and missing;
             if another process has ended; or as FirstFailedError in place of what the first process raises.
         CheckpointError: if a checkpoint cannot be read or written, or was made with other data.
-        ConfigError: if the processes cannot share the tasks.
+        ConfigError: if there are more processes than tasks.
         OSError: if the dataset cannot be read or the metrics not be written.
         ValueError: if the dataset is damaged or too small for these tasks.
     """
@@ -107,7 +103,7 @@ def train(
             run.step()
             display.step(run.meta_step)
             if run.meta_step % config.log_every == 0 or run.meta_step == config.meta_steps:
-                display.row(run.record())
+                display.row(run.record(), run.recording_seconds)
             late = limits.seconds is not None and time.monotonic() - begun >= limits.seconds
             # Asked after every step, since a signal doesn't reach all processes in the same one.
             stop = processes.any(late or interrupted.is_set())
@@ -126,9 +122,11 @@ def _what(config: Config) -> str:
     )
 
 
-def _check(finite: bool, told: str) -> None:
+def _check(finite: bool, told: str, config: Config) -> None:
     if not finite:
-        raise RunError(f"{told}; {_CALMER}")
+        raise RunError(
+            f"{told}; start a run in a new folder with {remedies(config)}; the last checkpoint is from before."
+        )
 
 
 class _Run:
@@ -153,6 +151,8 @@ class _Run:
         self.meta_step = 0
         self._trained_seconds = 0.0
         self._row_seconds = 0.0
+        # Of the last row: validating, writing and drawing.
+        self.recording_seconds = 0.0
         self._clock = time.monotonic()
         self._best: Best | None = None
         self._ending: Ending | None = None
@@ -215,7 +215,7 @@ class _Run:
         """Write a row of metrics, of the meta-steps since the one before; the last one has a validation."""
         config = self._config
         meter = self._meta_step.meter
-        self._processes.average(meter.sums)
+        self._processes.average(config.tasks, meter.sums)
         validates = self.meta_step % config.validate_every == 0
         if self.meta_step == config.meta_steps and not validates:
             validates = True
@@ -223,7 +223,7 @@ class _Run:
         taken = (self.meta_step - 1) % config.log_every + 1
         row: dict[str, float] = {"meta_step": self.meta_step, **meter.take(taken)}
         told = f"the query loss is {row['query_loss']} in the {taken} meta-steps before {self.meta_step}"
-        self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told))
+        self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told, config))
         self._tick()
         row["seconds"] = self._trained_seconds
         row["tasks_per_second"] = taken * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
@@ -231,8 +231,9 @@ class _Run:
         self._processes.from_first(lambda: self._write(row))
         if validates:
             self.draw()
-        # Time spent validating is time of the run, but not of the next row's tasks.
+        # Time spent validating is time of the run, but not of any row's tasks.
         self._tick()
+        self.recording_seconds = self._trained_seconds - row["seconds"]
         self._row_seconds = self._trained_seconds
         return row
 
@@ -248,9 +249,9 @@ class _Run:
         # Sums of what an algorithm doesn't have are NaN.
         finite = all(bool(value.isfinite().all()) for name, value in tensors.items() if name != "meter")
         told = f"the parameters are no longer finite at meta-step {self.meta_step}"
-        self._processes.from_first(lambda: _check(finite, told))
+        self._processes.from_first(lambda: _check(finite, told, self._config))
         # Every process goes on from the mean, as one that is resumed from here does.
-        self._processes.average(self._meta_step.meter.sums)
+        self._processes.average(self._config.tasks, self._meta_step.meter.sums)
         if self._best is not None:
             tensors |= self._best.tensors()
         if self._ending is not None:

@@ -70,16 +70,41 @@ def test_more_than_eight_bits_are_not_cut(pixels):
 @pytest.mark.parametrize("damage", ["short", "empty", "a page"])
 def test_damaged_file_is_named(kind, damage):
     content = picture(kind, 90)
-    content = {"short": content[: len(content) * 2 // 3], "empty": b"", "a page": b"<html>no</html>"}[damage]
-    with pytest.raises(ValueError, match=r"cat\.img is a truncated or corrupt image .*fetch it again"):
+    content, found = {
+        "short": (content[: len(content) * 2 // 3], r"a truncated or corrupt image \(.*\);"),
+        "empty": (b"", "no image that can be read, .*: it is empty"),
+        "a page": (b"<html>no</html>", "no image .*: it is an HTML page, such as a server sends"),
+    }[damage]
+    with pytest.raises(ValueError, match=rf"cat\.img is {found}.*fetch it again") as raised:
         decode(content, "cat.img", Form(8, 3))
+    assert "BytesIO" not in str(raised.value)
 
 
-def test_other_formats_are_not_opened():
-    with pytest.raises(ValueError, match="corrupt image"):
-        decode(picture("GIF", 90), "it", Form(8))
-    with pytest.raises(ValueError, match="corrupt image"):
-        extent(picture("GIF", 90), "it")
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (picture("PNG", 90)[:12], "begins as a PNG, but its header is cut off or damaged"),
+        (picture("WEBP", 90)[:12], "begins as a WebP, but its header is cut off or damaged"),
+        (picture("JPEG", 90)[:3] + bytes(9), "begins as a JPEG, but its header is cut off or damaged"),
+        (picture("BMP", 90)[:12], "starts with b'BM"),
+        (picture("GIF", 90), "is a GIF"),
+        (picture("TIFF", 90), "is a TIFF"),
+        (b"\0\0\0\x18ftypheic", "is a HEIF or AVIF image"),
+        (b"%PDF-1.7", "is a PDF"),
+        (b"PK\x03\x04", "is a zip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg width="9"/>', "is an SVG drawing"),
+        (b"<svg/>", "is an SVG drawing"),
+        (b"\n<!DOCTYPE html><svg/>", "is an HTML page"),
+        (b"ink", "starts with b'ink'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "read", [extent, lambda content, name: decode(content, name, Form(8))], ids=["extent", "decode"]
+)
+def test_other_formats_are_not_opened(read, content, found):
+    with pytest.raises(ValueError, match=f"^it is no image that can be read, .* WebP: it {found}"):
+        read(content, "it")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def replaced(name, content):
             r"images\.zip lacks 1 of the 24 images that the tables name, the first n1000000002\.jpg",
         ),
         (without("n30"), r"images\.zip lacks n3000000000\.jpg, which a table names"),
-        (replaced("n1000000002.jpg", b"<html>"), r"n1000000002\.jpg in .*truncated or corrupt image"),
+        (replaced("n1000000002.jpg", b"<html>"), r"n1000000002\.jpg in .*images\.zip is no image .*: it is an HTML"),
         (replaced("n1000000002.jpg", picture("JPEG", 9)[:400]), r"n1000000002\.jpg in .*truncated or corrupt image"),
         (
             *(lambda images: images | {"old/n1000000002.jpg": picture("JPEG", 9)},),

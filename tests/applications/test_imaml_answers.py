@@ -115,7 +115,8 @@ def test_images_and_classes_that_will_not_do(run, folders, tmp_path):
     support, query = folders
     (query / "x.png").write_bytes(b"<html>")
     result = invoke("adapt", run, "--support", support, "--query", query)
-    assert "x.png is a truncated or corrupt image" in result.stderr
+    assert f"{query / 'x.png'} is no image that can be read" in result.stderr
+    assert "it is an HTML page" in result.stderr
     (tmp_path / "empty").mkdir()
     result = invoke("adapt", run, "--support", support, "--query", tmp_path / "empty")
     assert "holds no images" in result.stderr

@@ -1,9 +1,14 @@
 """The demonstration, in small: what it compares, and that its files are where it says."""
 
+import re
+
 import pytest
 import torch
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from applications.datasets import ClassImages
+from applications.imaml import __main__ as command
 from applications.imaml import demo as demonstration
 from applications.imaml import episodes
 from applications.imaml.config import Config
@@ -37,6 +42,21 @@ def test_it_compares_with_the_nearest_neighbour_and_draws(tmp_path):
     for file in found.files:
         assert str(file) in text
         assert file.stat().st_size > 1000
+
+
+def test_a_folder_with_a_run_is_left_alone_and_what_there_is_to_do_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    result = CliRunner().invoke(command.app, ["demo", "--out", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(
+        f"error: --out {tmp_path} holds a run already, and the demo begins one of its own; "
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    # The only option that it names without saying of which command is one that the demo has.
+    named = set(re.findall(r"(?<!train )--[a-z-]+", result.stderr))
+    assert named <= {
+        option for parameter in get_command(command.app).commands["demo"].params for option in parameter.opts
+    }
 
 
 def test_the_nearest_neighbour_has_the_label_of_the_support_image():

@@ -200,9 +200,9 @@ def seed_result(accuracies, source="omniglot"):
 def test_interval_is_over_tasks_after_averaging_seeds():
     cell = TABLES["omniglot"][0]
     result = CellResult(cell, [seed_result([0.0, 1.0, 1.0, 1.0]), seed_result([1.0, 1.0, 0.0, 1.0])])
-    # Tasks score 50, 100, 50, 100: standard deviation 50/sqrt(3).
+    # Tasks score 50, 100, 50, 100: standard deviation 50/sqrt(3); Student's quantile for 3 degrees of freedom.
     assert result.number.mean == 75
-    assert result.number.interval == pytest.approx(1.96 * 50 / 3**0.5 / 2)
+    assert result.number.interval == pytest.approx(3.1824463 * 50 / 3**0.5 / 2)
     text = as_markdown("omniglot", "paper", [result])
     assert f"| {cell.algorithm}: ours | {result.number} |" in text
     assert "do not compare" not in text
@@ -255,7 +255,7 @@ def test_paper_settings_are_the_papers():
     assert (descent.meta_lr, descent.tasks, descent.schedule) == (1e-3, 32, "constant")
     assert descent.curvature == "hessian-unguarded"
     assert newton.inner == "hessian-free"
-    assert (first.algorithm, first.lam, first.curvature) == ("fomaml", 2, "gauss-newton")
+    assert (first.algorithm, first.lam, first.curvature) == ("fomaml", 0, "gauss-newton")
     photographs = config_of(TABLES["mini-imagenet"][0], "paper", 0, Overrides(root="somewhere"))
     assert (photographs.lam, photographs.inner_steps, photographs.queries) == (0.5, 10, 15)
     chosen = config_of(TABLES["omniglot"][0], "paper", 0, Overrides(root="somewhere", curvature="hessian"))

@@ -1,23 +1,27 @@
 """Other lowerings and precisions of a network's products: the same function, with the derivatives of all kinds."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from applications.imaml import networks, train
-from applications.imaml.algorithms import adapt, meta_loss, query_logits
+from applications.imaml import episodes, networks, train
+from applications.imaml.algorithms import accuracy, adapt, meta_loss, query_logits
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.convolution import convolve
-from applications.imaml.device import use
-from applications.imaml.episodes import Tasks, TaskSampler, generator_for
+from applications.imaml.device import in_float32, use
+from applications.imaml.episodes import Tasks, TaskSampler, generator_for, load_splits
 from applications.imaml.evaluate import Protocol, evaluate
 from applications.imaml.fewshot import Learner
+from applications.imaml.metrics import read_metrics
 from applications.imaml.products import Products
 from applications.imaml.train import Limits
-from tests.helpers.runs import SHORT
+from applications.imaml.trained import load_network
+from tests.helpers.runs import SHORT, SIZES, few_classes
 
 HALF = Products(half=True)
 LOWERINGS = ("windows", "grouped")
@@ -191,6 +195,45 @@ def test_accuracies_are_measured_in_single_precision(run, characters, monkeypatc
     assert rows[0] == rows[1] == rows[2]
 
 
+def test_validation_is_in_single_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(episodes, "load", few_classes)
+    monkeypatch.setattr(episodes, "SPLIT_SIZES", SIZES)
+    config = replace(SHORT, precision="bf16", tasks=64, validation_tasks=64, meta_steps=2, validate_every=2)
+    train.train(config, tmp_path / "run", Limits(quiet=True))
+    network, splits = load_network(tmp_path / "run", torch.device("cpu")), load_splits(config, torch.device("cpu"))
+    tasks = TaskSampler(splits["validation"], 3, 1, 1, generator_for(config.seed, "validation tasks")).sample(64)
+
+    def judge(task, precision):
+        how = replace(config, precision=precision)
+        phi = adapt(network.theta, task, how).value
+        return accuracy(query_logits(phi, task, how.batch_norm, how=Products.of(how)), task.query_labels)
+
+    single, half = (torch.vmap(partial(judge, precision=p))(tasks).mean().item() for p in ("float32", "bf16"))
+    (found,) = read_metrics(tmp_path / "run" / "metrics.csv")["validation_accuracy"]
+    assert found == pytest.approx(single)
+    assert abs(half - single) > 1e-3
+
+
+@pytest.fixture
+def tf32():
+    """Switches of PyTorch, which are put back."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [each.allow_tf32 for each in switches]
+    yield switches
+    for each, value in zip(switches, before, strict=True):
+        each.allow_tf32 = value
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32"])
+def test_training_goes_on_in_its_precision_after_a_judgement(tf32, precision):
+    for each in tf32:
+        each.allow_tf32 = precision == "tf32"
+    with suppress(KeyboardInterrupt), in_float32(Config(precision=precision)) as judged:
+        assert (judged.precision, *(each.allow_tf32 for each in tf32)) == ("float32", False, False)
+        raise KeyboardInterrupt
+    assert [each.allow_tf32 for each in tf32] == [precision == "tf32"] * 2
+
+
 def test_a_precision_that_the_device_lacks_is_refused_before_a_folder_is_made(tmp_path):
     with pytest.raises(ConfigError, match=r"precision='tf32' cannot be on cpu: .* pass precision='float32' or 'bf16'"):
         train.train(replace(SHORT, precision="tf32"), tmp_path / "run", Limits(quiet=True))
@@ -198,9 +241,8 @@ def test_a_precision_that_the_device_lacks_is_refused_before_a_folder_is_made(tm
 
 
 @pytest.mark.gpu
-def test_tf32_is_on_when_asked_for_and_off_when_not(monkeypatch):
-    for flags in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(flags, "allow_tf32", flags.allow_tf32)
+@pytest.mark.usefixtures("tf32")
+def test_tf32_is_on_when_asked_for_and_off_when_not():
     a = torch.randn(256, 256, device="cuda", dtype=torch.float64)
     errors = {}
     for precision in ("tf32", "float32"):

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 from typer.testing import CliRunner
 
 from applications.imaml import __main__ as command
 from applications.imaml import checkpoint, episodes, train
 from applications.imaml.config import Config
-from applications.imaml.evaluate import load_network
+from applications.imaml.evaluate import load_network, mean_and_interval
 from applications.imaml.network import batch_statistics, forward
 from applications.imaml.run_folder import RunError
 from applications.imaml.train import Limits
@@ -166,7 +167,7 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
     before, accuracies = ([float(line[name]) for line in table] for name in ("before", "after"))
     row = report["row"]
     assert row["accuracy"] == pytest.approx(100 * statistics.mean(accuracies))
-    assert row["interval"] == pytest.approx(196 * statistics.stdev(accuracies) / 7**0.5)
+    assert row["interval"] == pytest.approx(244.69119 * statistics.stdev(accuracies) / 7**0.5)
     assert row["before"] == pytest.approx(100 * statistics.mean(before))
     expected = {
         "split": "test, 5 classes", "ways": 3, "shots": 1, "queries": 1, "batch_norm": "support", "inner": "gradient",
@@ -203,6 +204,15 @@ def test_evaluation_states_accuracy_and_all_it_depends_on(whole):
     again = run_command("evaluate", whole, "--tasks", "7", "--batch-norm", "support", "--seed", "5")
     assert json.loads((whole / "evaluation.json").read_text()) == report
     assert again.stdout == result.stdout
+
+
+@pytest.mark.parametrize(("tasks", "quantile"), [(2, 12.706), (10, 2.262), (100, 1.984), (600, 1.964), (10**6, 1.960)])
+def test_the_interval_is_students(tasks, quantile):
+    fractions = torch.rand(tasks, generator=torch.Generator().manual_seed(0))
+    mean, interval = mean_and_interval(fractions)
+    low, high = stats.t.interval(0.95, tasks - 1, fractions.double().mean(), stats.sem(fractions.double()))
+    assert (mean - interval, mean + interval) == pytest.approx((100 * low, 100 * high))
+    assert interval / (100 * stats.sem(fractions.double())) == pytest.approx(quantile, abs=5e-4)
 
 
 def test_one_task_has_no_interval(whole):

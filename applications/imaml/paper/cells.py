@@ -216,7 +216,8 @@ def _paper(cell: Cell) -> dict[str, Any]:
     mini = cell.table == "mini-imagenet"
     descent = 10 if mini else {5: 16, 20: 25}[cell.ways]
     return {
-        "lam": 0.5 if mini else 2.0,
+        # First-order MAML, which the published number beside that row is of, has no pull.
+        "lam": 0.0 if cell.row == "first-order" else 0.5 if mini else 2.0,
         # Both learning rates are those of the instructions for the published code, which is about Omniglot.
         "inner_lr": 0.1,
         "inner_steps": _NEWTON_STEPS if cell.row == "imaml-hf" else descent,
