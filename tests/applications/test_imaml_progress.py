@@ -66,7 +66,7 @@ def test_the_rate_that_is_shown_is_that_of_the_metrics_without_validations(tmp_p
         time.sleep(0.5)
         return Accuracies(torch.zeros(tasks), torch.zeros(tasks))
 
-    monkeypatch.setattr(train, "accuracies", slow)
+    monkeypatch.setattr(train, "scores", slow)
     train.train(replace(SHORT, validate_every=2), tmp_path / "run", Limits())
     metrics = read_metrics(tmp_path / "run" / "metrics.csv")
     shown = [line for line in capsys.readouterr().out.splitlines() if "tasks/s" in line]
