@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Sinusoids:
     phase: tuple[float, float] = (0.0, math.pi)
     domain: tuple[float, float] = (-5.0, 5.0)
     noise: float = 0.0
+
+    source: ClassVar[str] = "sinusoid"
 
     def __post_init__(self) -> None:
         for name in ("amplitude", "phase", "domain"):

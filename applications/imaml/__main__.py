@@ -26,7 +26,6 @@ from applications.imaml.config import (
     PrecisionName,
     ScheduleName,
     help_of,
-    usual_lam,
 )
 from applications.imaml.demo import demo
 from applications.imaml.episodes import SplitName
@@ -40,7 +39,9 @@ from applications.imaml.race import PICTURE, Race, race
 from applications.imaml.race import TABLE as RACE_TABLE
 from applications.imaml.run_folder import CONFIG, CURVE, METRICS, check_report
 from applications.imaml.train import Limits, train
+from applications.imaml.usual import usual
 from applications.imaml.variants import VARIANTS, Subject
+from applications.imaml.waves import draw_waves
 from applications.imaml.words import counted
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -112,6 +113,8 @@ def train_command(
 ) -> None:
     """Meta-train a network; every run leaves its settings, metrics, curves and a checkpoint in one folder.
 
+    With `--data sinusoid` some defaults are others: those of `applications/imaml/README.md`.
+
     By `torchrun --nproc-per-node=N -m applications.imaml train ...` several processes share the tasks of a meta-step.
     """
     with explained(context, seconds="time_limit"), joined() as processes:
@@ -119,10 +122,11 @@ def train_command(
         if resume:
             config = processes.from_first(lambda: _resumed(Config.load(out / CONFIG), given, context))
         else:
-            given["queries"] = shots if queries is None else queries
-            given["lam"] = usual_lam(algorithm) if lam is None else lam
+            typed = _typed(context)
+            given |= {name: value for name, value in usual(data, algorithm).items() if name not in typed}
+            given["queries"] = given["shots"] if queries is None else queries
             config = processes.from_first(lambda: Config(**given))
-            processes.from_first(lambda: refuse_idle([config], _typed(context)))
+            processes.from_first(lambda: refuse_idle([config], typed))
         limits = processes.from_first(lambda: Limits(time_limit, quiet, tensorboard))
         processes.alike(lambda: processes.check(config))
         if download:
@@ -160,7 +164,7 @@ def evaluate_command(
     device: Annotated[str, _option("device")] = Config.device,
     threads: Annotated[int, _option("threads")] = Config.threads,
 ) -> None:
-    """Measure the accuracy of a run on unseen classes: mean and 95 % interval over tasks."""
+    """Measure the accuracy of a run on unseen classes, or its error on unseen waves: mean and 95 % interval."""
     with explained(context):
         protocol = Protocol(
             tasks,
@@ -174,13 +178,17 @@ def evaluate_command(
         )
         saved = Config.load(run / CONFIG)
         config = replace(saved, root=root or saved.root, device=device, threads=threads)
-        refuse_idle([config], _typed(context))
+        refuse_idle([protocol.applied(config)], _typed(context))
         path = run / REPORT if report is None else report
-        check_report(path)
+        check_report(path, picture=config.is_regression)
         evaluation = evaluate(config, run, protocol)
         evaluation.save(path)
         typer.echo(str(evaluation))
-        typer.echo(f"{path}, {path.with_suffix('.csv')}")
+        files = [path, path.with_suffix(".csv")]
+        if config.is_regression:
+            files.append(path.with_suffix(".png"))
+            draw_waves(config, run, protocol, files[-1])
+        typer.echo(", ".join(map(str, files)))
 
 
 @app.command("adapt")

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from applications.datasets import SPLITS
 from applications.imaml.checkpoint import write_atomically
 
-DataName = Literal["glyphs", "omniglot", "mini-imagenet", "folder"]
+DataName = Literal["glyphs", "omniglot", "mini-imagenet", "folder", "sinusoid"]
 AlgorithmName = Literal["imaml", "maml", "anil", "fomaml", "reptile"]
 InnerName = Literal["gradient", "hessian-free", "adam", "lbfgs"]
 LearnLam = Literal["none", "scalar", "layer"]
@@ -45,6 +45,11 @@ _AT_LEAST_ONE = [
     "validation_tasks",
 ]
 _POSITIVE = ("inner_lr", "meta_lr")
+OF_IMAGES = (
+    *("root", "ways", "query_sets", "batch_norm", "split_seed", "split", "image_size", "channels", "convolution"),
+)
+"""Settings that mean nothing where tasks are of numbers."""
+NO_IMAGES = "is of images in classes, and the tasks of data='sinusoid' are of numbers"
 TORCH = "torch."
 """How the name of an inner solver begins that is an optimizer of ``torch.optim``."""
 # Of vectors, with dense gradients; Muon takes matrices.
@@ -74,12 +79,14 @@ class Config:
     """
 
     data: DataName = _option(
-        "glyphs", "dataset: glyphs (drawn on the spot), or omniglot, mini-imagenet or folder (read from --root)"
+        "glyphs",
+        "dataset: glyphs (drawn on the spot); omniglot, mini-imagenet or folder (read from --root); or sinusoid, "
+        "regression of sine waves",
     )
     root: str | None = _option(None, "folder with the files of a dataset that is read")
     ways: int = _option(5, "classes of a task")
-    shots: int = _option(1, "support images of a class")
-    queries: int = _option(1, "query images of a class")
+    shots: int = _option(1, "support images of a class; of sinusoid, support points of a task")
+    queries: int = _option(1, "query images of a class, or query points of a task")
     query_sets: int = _option(1, "query sets a training task is judged by, each normalised by itself")
     algorithm: AlgorithmName = _option(
         "imaml", "imaml; maml: through the inner steps; anil: the same for the last layer alone; fomaml; reptile"
@@ -92,7 +99,7 @@ class Config:
     path_steps: int | None = _option(
         None, "last inner steps that maml and anil differentiate, those before as fomaml does; None: all"
     )
-    inner_lr: float = _option(0.4, "step size of gradient descent, adam or torch.NAME on a task's mean cross-entropy")
+    inner_lr: float = _option(0.4, "step size of gradient descent, adam or torch.NAME on a task's mean loss")
     inner_steps: int = _option(5, "steps of the inner solver, in training and evaluation alike")
     cg_steps: int = _option(3, "conjugate gradient steps for the meta-gradient and for a hessian-free direction")
     curvature: CurvatureName = _option(
@@ -122,8 +129,8 @@ class Config:
     channels: int | None = _option(None, "1 for grey or 3 for colour; None: as the dataset has it")
     log_every: int = _option(25, "meta-steps averaged into one row of metrics.csv")
     checkpoint_every: int = _option(100, "meta-steps between checkpoints")
-    validate_every: int = _option(500, "meta-steps between accuracies on validation classes; a multiple of log_every")
-    validation_tasks: int = _option(200, "tasks of such an accuracy")
+    validate_every: int = _option(500, "meta-steps between validations on unseen tasks; a multiple of log_every")
+    validation_tasks: int = _option(200, "tasks of a validation")
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -146,11 +153,38 @@ class Config:
         if self.validate_every % self.log_every:
             raise ConfigError(
                 f"validate_every={self.validate_every} is not a multiple of log_every={self.log_every}, and a "
-                f"validation accuracy stands in a row of the metrics; pass for instance "
+                f"validation stands in a row of the metrics; pass for instance "
                 f"validate_every={self.log_every * max(1, round(self.validate_every / self.log_every))}."
             )
 
+    @property
+    def is_regression(self) -> bool:
+        """Whether a task asks for numbers, not for classes."""
+        return self.data == "sinusoid"
+
+    @property
+    def size(self) -> str:
+        """How large a task is, in the field's words: "5-way 1-shot"; "10-shot" where there are no classes."""
+        return f"{self.shots}-shot" if self.is_regression else f"{self.ways}-way {self.shots}-shot"
+
+    def check_classes(self) -> None:
+        """Refuse regression where classes are needed.
+
+        Raises:
+            ConfigError: if tasks have none.
+        """
+        if self.is_regression:
+            raise ConfigError(
+                f"data={self.data!r} cannot be here: its tasks ask for numbers, and this is of images in classes; pass "
+                f"images, such as data='glyphs', or use train and evaluate, which take both."
+            )
+
     def _check_data(self) -> None:
+        if self.is_regression:
+            for name in OF_IMAGES:
+                if getattr(self, name) != getattr(Config, name):
+                    raise ConfigError(f"{name}={getattr(self, name)!r} {NO_IMAGES}; leave it out.")
+            return
         if self.data != "glyphs" and self.root is None:
             raise ConfigError(
                 f"root=None, but {self.data} is read from files; pass the folder that they are in, or data='glyphs', "

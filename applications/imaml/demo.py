@@ -87,7 +87,7 @@ def demo(out: Path, seconds: float | None = None, *, quiet: bool = False) -> Com
     dataset = load_splits(CONFIG, device)[PROTOCOL.split]
     evaluation = measure(CONFIG, network, dataset, PROTOCOL)
     evaluation.save(out / REPORT)
-    tasks = sampler_for(CONFIG, dataset, PROTOCOL).sample(PROTOCOL.tasks)
+    tasks = sampler_for(CONFIG, dataset, PROTOCOL, device).sample(PROTOCOL.tasks)
     pictured = Tasks(*(part[:PICTURED] for part in tasks))
     draw_tasks(pictured, _answers(network.theta, pictured), out / TASKS_PICTURE)
     return Comparison(

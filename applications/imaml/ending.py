@@ -20,10 +20,11 @@ _BEST, _METER, _PREFIX = "best.", "meter", "ending."
 
 
 class Best(NamedTuple):
-    """The network of the highest validation accuracy so far; the first one of equals."""
+    """The network of the best validation score so far, and what that score is; the first one of equals."""
 
     meta_step: int
-    accuracy: float
+    name: str
+    score: float
     theta: Parameters
 
     def tensors(self) -> dict[str, Tensor]:
@@ -32,7 +33,7 @@ class Best(NamedTuple):
 
     def numbers(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"meta_step": self.meta_step, "accuracy": self.accuracy}
+        return {"meta_step": self.meta_step, self.name: self.score}
 
 
 class Ending(NamedTuple):

@@ -1,4 +1,4 @@
-"""Few-shot tasks, drawn from a set of images in classes without leaving its device."""
+"""Few-shot tasks, and how they are drawn from a set of images in classes without leaving its device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.datasets import SPLIT_SIZES, ClassImages, check_disjoint, load, partition
+from applications.datasets import SPLIT_SIZES, ClassImages, Sinusoids, check_disjoint, load, partition
 from applications.imaml.checkpoint import CheckpointError
 from applications.imaml.config import Config
 
 SplitName = Literal["train", "validation", "test"]
+Family = ClassImages | Sinusoids
+"""What tasks are drawn from: the classes of one part of a dataset, or a formula."""
 
 
 class Tasks(NamedTuple):
@@ -24,7 +26,8 @@ class Tasks(NamedTuple):
 
     Images are float32 between 0 and 1, ``[tasks, ways * shots, channels, height, width]`` and likewise with queries;
     labels are int64 below ``ways``, ``[tasks, ways * shots]``. Images of one class are neighbours; where a task has
-    several query sets, one set follows the other. Seen from inside a map over tasks it is one task, and the leading
+    several query sets, one set follows the other. In regression there are numbers in the place of both: inputs and
+    their targets, float32 ``[tasks, shots, 1]``. Seen from inside a map over tasks it is one task, and the leading
     dimension is missing.
     """
 
@@ -61,9 +64,11 @@ def load_splits(config: Config, device: torch.device) -> dict[SplitName, ClassIm
         The classes of each split, but for "validation" where there are none; no class is in two.
 
     Raises:
+        ConfigError: if its dataset has no classes.
         OSError: if the files of the dataset cannot be read.
         ValueError: if they are damaged.
     """
+    config.check_classes()
     root = None if config.root is None else Path(config.root)
     options = {"size": config.image_size, "channels": config.channels, "split": config.split}
     given = {name: value for name, value in options.items() if value is not None}
@@ -73,7 +78,7 @@ def load_splits(config: Config, device: torch.device) -> dict[SplitName, ClassIm
     return {name: dataset.take(chosen[name]).to(device) for name in get_args(SplitName) if name in chosen}
 
 
-def check_ways(splits: Mapping[SplitName, ClassImages], ways: int) -> None:
+def check_ways(splits: Mapping[SplitName, Family], ways: int) -> None:
     """Refuse to train where validation or evaluation would find too few classes, hours later.
 
     Args:
@@ -83,8 +88,8 @@ def check_ways(splits: Mapping[SplitName, ClassImages], ways: int) -> None:
     Raises:
         ValueError: if a part has fewer classes than a task needs.
     """
-    sizes = {name: len(part.images) for name, part in splits.items()}
-    if min(sizes.values()) < ways:
+    sizes = {name: part.classes for name, part in splits.items() if isinstance(part, ClassImages)}
+    if min(sizes.values(), default=ways) < ways:
         source = next(iter(splits.values())).source
         parts = ", ".join(f"{count} for {name}" for name, count in sizes.items())
         raise ValueError(
@@ -94,7 +99,7 @@ def check_ways(splits: Mapping[SplitName, ClassImages], ways: int) -> None:
         )
 
 
-def identity_of(splits: Mapping[SplitName, ClassImages]) -> dict[str, Any]:
+def identity_of(splits: Mapping[SplitName, Family]) -> dict[str, Any] | None:
     """What tells the data of a run from other data: which classes are for what, and the shape of their images.
 
     A class folder that is added moves others from one part to another. Where the files lie does not matter, and their
@@ -104,16 +109,20 @@ def identity_of(splits: Mapping[SplitName, ClassImages]) -> dict[str, Any]:
         splits: of a run.
 
     Returns:
-        The SHA-256 of names, parts and shapes; and the number of classes of each part, for people. Fits JSON.
+        The SHA-256 of names, parts and shapes; and the number of classes of each part, for people. Fits JSON. None of a
+        formula, which is the same everywhere.
     """
-    told = {name: [list(part.names), list(part.images.shape)] for name, part in splits.items()}
+    images = {name: part for name, part in splits.items() if isinstance(part, ClassImages)}
+    if not images:
+        return None
+    told = {name: [list(part.names), list(part.images.shape)] for name, part in images.items()}
     return {
         "sha256": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
-        "classes": {name: part.classes for name, part in splits.items()},
+        "classes": {name: part.classes for name, part in images.items()},
     }
 
 
-def check_same_data(saved: Mapping[str, Any] | None, splits: Mapping[SplitName, ClassImages]) -> None:
+def check_same_data(saved: Mapping[str, Any] | None, splits: Mapping[SplitName, Family]) -> None:
     """Refuse to go on with, or to judge by, other classes than a run was begun with.
 
     Args:
@@ -124,7 +133,7 @@ def check_same_data(saved: Mapping[str, Any] | None, splits: Mapping[SplitName, 
         CheckpointError: if they differ.
     """
     found = identity_of(splits)
-    if saved is None or saved["sha256"] == found["sha256"]:
+    if saved is None or found is None or saved["sha256"] == found["sha256"]:
         return
     before, now = (
         ", ".join(f"{count} for {name}" for name, count in each["classes"].items()) for each in (saved, found)

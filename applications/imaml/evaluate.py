@@ -1,4 +1,4 @@
-"""Accuracy on tasks of unseen classes, with everything that the number depends on."""
+"""Accuracy on tasks of unseen classes, or error on unseen tasks, with everything that the number depends on."""
 
 from __future__ import annotations
 
@@ -9,89 +9,29 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from scipy import special
 from torch import Tensor
 
 from applications.datasets import ClassImages, own_split
-from applications.imaml.algorithms import accuracy, adapt, learnt_strengths, query_logits
+from applications.imaml.algorithms import learnt_strengths
 from applications.imaml.checkpoint import CheckpointName, write_atomically
 from applications.imaml.config import BatchNorm, Config, ConfigError
-from applications.imaml.device import in_float32, use
-from applications.imaml.episodes import (
-    SplitName,
-    Tasks,
-    TaskSampler,
-    check_same_data,
-    generator_for,
-    load_splits,
-)
+from applications.imaml.criterion import criterion_of
+from applications.imaml.device import use
+from applications.imaml.episodes import Family, SplitName, check_same_data, generator_for
+from applications.imaml.families import Sampler, load_families, sampler_of
 from applications.imaml.idle import idle
-from applications.imaml.networks import Parameters
-from applications.imaml.processes import Processes
-from applications.imaml.products import Products
 from applications.imaml.run_folder import CONFIG
+from applications.imaml.scores import Scores, scores
 from applications.imaml.trained import Network, load_network
 from applications.imaml.words import counted
 
 REPORT = "evaluation.json"
 # Of percentages in a report: beyond what any number of tasks can tell.
 _DIGITS = 6
-
-
-class Accuracies(NamedTuple):
-    """Fraction of each task's query images classified rightly, before and after adaptation, float64 ``[tasks]``."""
-
-    before: Tensor
-    after: Tensor
-
-
-def accuracies(
-    theta: Parameters, sampler: TaskSampler, config: Config, tasks: int, processes: Processes = Processes()
-) -> Accuracies:
-    """Measure the accuracy on each of a number of tasks, in float32, whatever the network is trained in.
-
-    Args:
-        theta: meta-parameters.
-        sampler: draws the tasks.
-        config: of the run; its inner solver, its batch normalisation, and how many tasks to solve at once.
-        tasks: how many.
-        processes: those that share the tasks.
-
-    Returns:
-        One accuracy a task, on the CPU, of all tasks in every process.
-    """
-    with in_float32(config) as exact, torch.no_grad():
-        found = _shared_accuracies(theta, sampler, exact, tasks, processes)
-    processes.add_up(found)
-    before, after = found
-    return Accuracies(before, after)
-
-
-def _shared_accuracies(
-    theta: Parameters, sampler: TaskSampler, config: Config, tasks: int, processes: Processes
-) -> Tensor:
-    """Before and after, ``[2, tasks]``, of this process's share of the tasks, and zero for the others."""
-    how = Products.of(config)
-
-    def judge(task: Tasks) -> tuple[Tensor, Tensor]:
-        phi = adapt(theta, task, config).value
-        before, after = (query_logits(values, task, config.batch_norm, how=how) for values in (theta, phi))
-        return accuracy(before, task.query_labels), accuracy(after, task.query_labels)
-
-    found = torch.zeros(2, tasks, dtype=torch.float64)
-    for first in range(0, tasks, config.tasks):
-        drawn = sampler.sample(min(config.tasks, tasks - first))
-        share = processes.share(len(drawn.query_labels))
-        if share.start < share.stop:
-            judged = torch.vmap(judge)(Tasks(*(part[share] for part in drawn)))
-            count = drawn.query_labels.shape[-1]
-            # A mean in single precision is off in the eighth digit; how many were right is a whole number.
-            right = (torch.stack(judged).cpu().double() * count).round()
-            found[:, first + share.start : first + share.stop] = right / count
-    return found
 
 
 @dataclass(frozen=True)
@@ -149,31 +89,51 @@ class Protocol:
             inner_steps=config.inner_steps if self.inner_steps is None else self.inner_steps,
         )
 
+    def adapting(self, config: Config) -> Config:
+        """What tasks are learnt with: with the pull, or by the plain loss.
+
+        Args:
+            config: of the run.
+
+        Returns:
+            Its settings, with those of this protocol.
+
+        Raises:
+            ConfigError: if a setting cannot be.
+        """
+        applied = self.applied(config)
+        if self.regularized:
+            return applied
+        # iMAML cannot be without the pull, for the sake of its meta-gradient. Nothing is differentiated here, and then
+        # its first-order form is the same.
+        algorithm = "fomaml" if config.algorithm == "imaml" else config.algorithm
+        return replace(applied, algorithm=algorithm, lam=0.0, learn_lam="none", curvature="gauss-newton", damping=0.0)
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measured accuracy, and what it depends on.
+    """A measured score, and what it depends on.
 
     Args:
         run: settings of the run.
         config: the same, with what the protocol has otherwise.
         protocol: how it was measured.
-        partition: name of the split into training, validation and test classes.
-        source: what the images are.
-        classes: number of classes of the split.
+        partition: name of the split into training, validation and test classes; None where there are none.
+        source: what the images are, or the formula is.
+        classes: number of classes of the split, or None.
         meta_step: meta-steps that led to the network.
-        measured: one accuracy a task.
+        measured: one score a task.
         learnt_lam: the strengths by layer, where they were learnt.
     """
 
     run: Config
     config: Config
     protocol: Protocol
-    partition: str
+    partition: str | None
     source: str
-    classes: int
+    classes: int | None
     meta_step: int
-    measured: Accuracies
+    measured: Scores
     learnt_lam: Mapping[str, float]
 
     @property
@@ -182,19 +142,27 @@ class Evaluation:
         return self.protocol.regularized and bool(self.config.lam)
 
     def row(self) -> dict[str, Any]:
-        """The accuracy in percent, its 95 % interval, and everything that they depend on; None for what isn't used."""
-        config, unused = self.config, idle(self.run)
-        mean, interval = mean_and_interval(self.measured.after)
+        """The score, its 95 % interval, and everything that they depend on; None for what isn't used.
+
+        An accuracy is in percent; of regression, "mse" stands in its place.
+        """
+        config, unused, criterion = self.config, idle(self.run), criterion_of(self.config)
+        mean, interval = mean_and_interval(self.measured.after, criterion.scale)
+        before = criterion.scale * self.measured.before.double().mean().item()
+
+        def used(name: str) -> Any:
+            return None if name in unused else getattr(config, name)
+
         return {
             "data": config.data,
             "source": self.source,
             "partition": self.partition,
-            "split": f"{self.protocol.split}, {self.classes} classes",
-            "ways": config.ways,
+            "split": self.protocol.split + ("" if self.classes is None else f", {self.classes} classes"),
+            "ways": used("ways"),
             "shots": config.shots,
             "queries": config.queries,
             "algorithm": config.algorithm,
-            "batch_norm": config.batch_norm,
+            "batch_norm": used("batch_norm"),
             "inner": config.inner,
             "inner_steps": config.inner_steps,
             "inner_lr": config.inner_lr,
@@ -202,18 +170,18 @@ class Evaluation:
             "lam": None if self.learnt_lam else config.lam if self.regularized else 0.0,
             "learn_lam": config.learn_lam,
             "learnt_lam": dict(self.learnt_lam) or None,
-            "query_sets": config.query_sets,
-            "curvature": None if "curvature" in unused else config.curvature,
-            "cg_steps": None if "cg_steps" in unused else config.cg_steps,
+            "query_sets": used("query_sets"),
+            "curvature": used("curvature"),
+            "cg_steps": used("cg_steps"),
             "tasks_per_meta_step": config.tasks,
             "checkpoint": self.protocol.checkpoint,
             "meta_step": self.meta_step,
             "training_seed": config.seed,
-            "split_seed": config.split_seed,
+            "split_seed": used("split_seed"),
             "tasks": self.protocol.tasks,
             "task_seed": self.protocol.seed,
-            "before": round(100 * self.measured.before.double().mean().item(), _DIGITS),
-            "accuracy": round(mean, _DIGITS),
+            "before": round(before, _DIGITS),
+            criterion.score_name: round(mean, _DIGITS),
             "interval": round(interval, _DIGITS),
         }
 
@@ -223,19 +191,26 @@ class Evaluation:
         learnt = self.learnt_lam.values()
         lam = f"lam learnt, {min(learnt):g} to {max(learnt):g}" if learnt else f"lam {self.config.lam:g}"
         pull = lam if self.regularized else "not regularized"
-        queries, meta_steps = counted(self.config.queries, "query image"), counted(self.meta_step, "meta-step")
+        meta_steps = counted(self.meta_step, "meta-step")
         steps = counted(self.config.inner_steps, f"{self.config.inner} step")
+        if self.config.is_regression:
+            drawn, norm = f"{counted(self.config.queries, 'query point')} | {row['split']} tasks", ""
+            told = f"MSE before {row['before']:.3f} | after {row['mse']:.3f} ± {row['interval']:.3f}"
+        else:
+            drawn = (
+                f"{counted(self.config.queries, 'query image')} a class | {row['split']} of split {row['partition']}, "
+                f"split seed {row['split_seed']}"
+            )
+            norm = f" | batch norm {row['batch_norm']}"
+            told = f"before {row['before']:.2f} % | after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
         return (
-            f"{row['source']} {row['ways']}-way {row['shots']}-shot, {queries} a class | "
-            f"{row['split']} of split {row['partition']}, split seed {row['split_seed']} | "
-            f"{row['algorithm']}, {meta_steps} ({row['checkpoint']} checkpoint), "
-            f"seed {row['training_seed']} | {steps}{step}, {pull} | batch norm {row['batch_norm']} | "
-            f"{row['tasks']} tasks, seed {row['task_seed']} | before {row['before']:.2f} % | "
-            f"after {row['accuracy']:.2f} ± {row['interval']:.2f} %"
+            f"{row['source']} {self.config.size}, {drawn} | {row['algorithm']}, {meta_steps} ({row['checkpoint']} "
+            f"checkpoint), seed {row['training_seed']} | {steps}{step}, {pull}{norm} | "
+            f"{row['tasks']} tasks, seed {row['task_seed']} | {told}"
         )
 
     def save(self, path: Path) -> None:
-        """Write the row, the run's settings and the protocol as JSON, and beside it the accuracy of every task as CSV.
+        """Write the row, the run's settings and the protocol as JSON, and beside it the score of every task as CSV.
 
         Args:
             path: JSON to write; the CSV is called alike.
@@ -269,7 +244,7 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
     """
     device = use(replace(config, precision="float32"))
     network = load_network(folder, device, protocol.checkpoint)
-    splits = load_splits(config, device)
+    splits = load_families(config, device)
     check_same_data(network.data, splits)
     if protocol.split not in splits:
         raise ConfigError(
@@ -279,13 +254,13 @@ def evaluate(config: Config, folder: Path, protocol: Protocol) -> Evaluation:
     return replace(measure(config, network, splits[protocol.split], protocol), run=Config.load(folder / CONFIG))
 
 
-def measure(config: Config, network: Network, dataset: ClassImages, protocol: Protocol) -> Evaluation:
-    """Measure the accuracy of a network.
+def measure(config: Config, network: Network, dataset: Family, protocol: Protocol) -> Evaluation:
+    """Measure the score of a network.
 
     Args:
         config: of the run that it comes from.
         network: what to measure.
-        dataset: the classes of the protocol's split.
+        dataset: what the tasks of the protocol's split are drawn from.
         protocol: how to measure.
 
     Returns:
@@ -295,29 +270,24 @@ def measure(config: Config, network: Network, dataset: ClassImages, protocol: Pr
         ValueError: if the dataset is too small for these tasks.
     """
     run, config = config, protocol.applied(config)
-    adapting = config if protocol.regularized else _unregularized(config)
-    measured = accuracies(network.theta, sampler_for(config, dataset, protocol), adapting, protocol.tasks)
+    device = next(iter(network.theta.values())).device
+    sampler = sampler_for(config, dataset, protocol, device)
+    measured = scores(network.theta, sampler, protocol.adapting(run), protocol.tasks)
     learnt = learnt_strengths(network.theta) if protocol.regularized else {}
-    partition = config.split or own_split(config.data, has_parts=bool(dataset.parts))
-    return Evaluation(
-        run, config, protocol, partition, dataset.source, dataset.classes, network.meta_step, measured, learnt
-    )
+    partition, classes = None, None
+    if isinstance(dataset, ClassImages):
+        partition, classes = config.split or own_split(config.data, has_parts=bool(dataset.parts)), dataset.classes
+    return Evaluation(run, config, protocol, partition, dataset.source, classes, network.meta_step, measured, learnt)
 
 
-def _unregularized(config: Config) -> Config:
-    # iMAML cannot be without the pull, for the sake of its meta-gradient. Nothing is differentiated here, and then its
-    # first-order form is the same.
-    algorithm = "fomaml" if config.algorithm == "imaml" else config.algorithm
-    return replace(config, algorithm=algorithm, lam=0.0, learn_lam="none", curvature="gauss-newton", damping=0.0)
-
-
-def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> TaskSampler:
+def sampler_for(config: Config, dataset: Family, protocol: Protocol, device: torch.device) -> Sampler:
     """Draws the tasks of a protocol, the same ones whenever it is made anew.
 
     Args:
         config: ways, shots and queries.
-        dataset: the classes of the protocol's split.
+        dataset: what they are drawn from.
         protocol: its split and seed.
+        device: where they are wanted, and images lie.
 
     Returns:
         The sampler.
@@ -325,11 +295,10 @@ def sampler_for(config: Config, dataset: ClassImages, protocol: Protocol) -> Tas
     Raises:
         ValueError: if the dataset is too small for these tasks.
     """
-    generator = generator_for(protocol.seed, f"{protocol.split} tasks", dataset.images.device)
-    return TaskSampler(dataset, config.ways, config.shots, config.queries, generator)
+    return sampler_of(dataset, config, generator_for(protocol.seed, f"{protocol.split} tasks", device))
 
 
-def mean_and_interval(fractions: Tensor) -> tuple[float, float]:
+def mean_and_interval(measured: Tensor, scale: float = 100.0) -> tuple[float, float]:
     """Mean and half of its 95 % interval, t s/sqrt(tasks).
 
     s is the standard deviation over tasks and t the 97.5 % quantile of Student's distribution of tasks - 1 degrees of
@@ -337,11 +306,12 @@ def mean_and_interval(fractions: Tensor) -> tuple[float, float]:
     normal distribution has 1.960.
 
     Args:
-        fractions: one accuracy a task, between 0 and 1, of at least two tasks, ``[tasks]``.
+        measured: one score a task, such as an accuracy between 0 and 1, of at least two tasks, ``[tasks]``.
+        scale: what they are multiplied by.
 
     Returns:
-        Both in percent.
+        Both; in percent unless said otherwise.
     """
-    percent = 100 * fractions.double()
-    quantile = float(special.stdtrit(len(percent) - 1, 0.975))
-    return percent.mean().item(), quantile * percent.std().item() / math.sqrt(len(percent))
+    scaled = scale * measured.double()
+    quantile = float(special.stdtrit(len(scaled) - 1, 0.975))
+    return scaled.mean().item(), quantile * scaled.std().item() / math.sqrt(len(scaled))

@@ -62,9 +62,10 @@ class Learner:
 
         Raises:
             CheckpointError: if there is no such checkpoint to read.
-            ConfigError: if a setting cannot be.
+            ConfigError: if a setting cannot be, or the run is of regression.
         """
         saved = Config.load(run / CONFIG)
+        saved.check_classes()
         config = replace(
             saved,
             device=device,

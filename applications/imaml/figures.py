@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from applications.imaml.config import Config
+from applications.imaml.criterion import criterion_of
 from applications.imaml.episodes import Tasks
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; line styles tell them apart without any colour.
@@ -17,33 +18,41 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
 def draw_curve(metrics: dict[str, list[float]], config: Config, source: str, path: Path) -> None:
-    """Draw accuracy and loss against meta-steps.
+    """Draw score and loss against meta-steps.
 
     Args:
         metrics: columns of metrics.csv.
         config: of the run, for the title.
-        source: what the images are, likewise.
+        source: what the images are, or the formula is, likewise.
         path: PNG to write.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    accuracy, loss = figure.subplots(1, 2)
-    steps = metrics["meta_step"]
-    accuracy.plot(steps, [100 * value for value in metrics["query_accuracy"]], color=BLUE, label="training classes")
+    score, loss = figure.subplots(1, 2)
+    criterion, steps = criterion_of(config), metrics["meta_step"]
+    drawn, of = ("points", "tasks") if config.is_regression else ("images", "classes")
+    trained = [criterion.scale * value for value in metrics[f"query_{criterion.score_name}"]]
+    score.plot(steps, trained, color=BLUE, label=f"training {of}")
     validated = [
-        (step, 100 * value) for step, value in zip(steps, metrics["validation_accuracy"], strict=True) if value == value
+        (step, criterion.scale * value)
+        for step, value in zip(steps, metrics[criterion.validation], strict=True)
+        if value == value
     ]
     if validated:
-        accuracy.plot(*zip(*validated, strict=True), "o--", color=ORANGE, label="validation classes, unseen")
-    accuracy.axhline(100 / config.ways, color="grey", linestyle=":", label="chance")
-    accuracy.set(xlabel="meta-step", ylabel="query accuracy (%)", ylim=(0, 101))
-    loss.plot(steps, metrics["query_loss"], color=BLUE, label="query images, adapted")
-    loss.plot(steps, metrics["support_loss"], "--", color=GREEN, label="support images, with proximal term")
-    loss.set(xlabel="meta-step", ylabel="cross-entropy (nats)", yscale="log")
-    for axes in (accuracy, loss):
+        score.plot(*zip(*validated, strict=True), "o--", color=ORANGE, label=f"validation {of}, unseen")
+    if config.is_regression:
+        score.set(xlabel="meta-step", ylabel="mean squared error of queries", yscale="log")
+    else:
+        score.axhline(100 / config.ways, color="grey", linestyle=":", label="chance")
+        score.set(xlabel="meta-step", ylabel="query accuracy (%)", ylim=(0, 101))
+    loss.plot(steps, metrics[f"query_{criterion.loss_name}"], color=BLUE, label=f"query {drawn}, adapted")
+    loss.plot(steps, metrics["support_loss"], "--", color=GREEN, label=f"support {drawn}, with proximal term")
+    unit = "mean squared error" if config.is_regression else "cross-entropy (nats)"
+    loss.set(xlabel="meta-step", ylabel=unit, yscale="log")
+    for axes in (score, loss):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"{source}: {config.ways}-way {config.shots}-shot, {config.algorithm}, inner solver {config.inner}")
+    figure.suptitle(f"{source}: {config.size}, {config.algorithm}, inner solver {config.inner}")
     figure.savefig(path, dpi=130)
 
 

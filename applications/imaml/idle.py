@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from applications.imaml.config import Config, ConfigError
+from applications.imaml.config import NO_IMAGES, OF_IMAGES, Config, ConfigError
 
 __all__ = ["idle", "refuse_idle"]
 
@@ -31,6 +31,8 @@ def idle(config: Config) -> dict[str, str]:
         found["inner_lr"] = f"is not for inner={config.inner!r}, whose steps are found by a line search"
     if config.data == "glyphs":
         found["root"] = "is not for glyphs, which are drawn on the spot"
+    if config.is_regression:
+        found |= dict.fromkeys(OF_IMAGES, NO_IMAGES)
     return found
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from applications.imaml.algorithms import meta_loss
 from applications.imaml.config import Config
-from applications.imaml.episodes import Tasks, TaskSampler
+from applications.imaml.criterion import criterion_of
+from applications.imaml.episodes import Tasks
+from applications.imaml.families import Sampler
 from applications.imaml.metrics import Meter
 from applications.imaml.networks import Parameters
 from applications.imaml.processes import Processes
@@ -34,13 +36,13 @@ class MetaStep:
     """
 
     def __init__(
-        self, theta: Parameters, sampler: TaskSampler, config: Config, processes: Processes, *, capturable: bool
+        self, theta: Parameters, sampler: Sampler, config: Config, processes: Processes, *, capturable: bool
     ) -> None:
         self.theta, self.generator = theta, sampler.generator
         self._sampler, self._tasks, self._processes = sampler, config.tasks, processes
         self._meta_loss = meta_loss(config)
         like = next(iter(theta.values()))
-        self.meter = Meter(like.device)
+        self.meter = Meter(like.device, criterion_of(config))
         # Fused, since PyTorch would choose by the device, and what a CPU tests be another path than what a GPU runs.
         self._optimizer = torch.optim.Adam(theta.values(), lr=config.meta_lr, capturable=capturable, fused=True)
         self._capturable = capturable

@@ -5,28 +5,53 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from applications.imaml.algorithms import Outcome
+from applications.imaml.criterion import Criterion
 
-GATHERED = (
-    "query_loss",
-    "query_accuracy",
-    "support_loss",
-    "inner_residual",
-    "adjoint_residual",
-    "negative_curvature",
-)
-"""Means over the tasks of a row: cross-entropy of the query images after adaptation, and fraction of right answers;
-inner objective (cross-entropy of the support images and proximal term) and norm of its gradient, where the inner solver
-last evaluated them; residual of the adjoint's linear system relative to its right-hand side; fraction of tasks in which
-that system met a direction of non-positive curvature."""
 
-COLUMNS = ("meta_step", *GATHERED, "validation_accuracy", "seconds", "tasks_per_second")
-"""Columns of metrics.csv; ``seconds`` is the time spent training, with the validations before that row, over all
-resumptions; ``tasks_per_second`` is the rate of the row's meta-steps alone, without any validation."""
+def gathered(criterion: Criterion) -> tuple[str, ...]:
+    """Names of the means over the tasks of a row.
+
+    Loss of the queries after adaptation (of images, cross-entropy), and their score (fraction of right answers); inner
+    objective (loss of the support and proximal term) and norm of its gradient, where the inner solver last evaluated
+    them; residual of the adjoint's linear system relative to its right-hand side; fraction of tasks in which that
+    system met a direction of non-positive curvature.
+
+    Args:
+        criterion: of the run.
+
+    Returns:
+        The names; the first two are one where the loss is the score.
+    """
+    return (
+        f"query_{criterion.loss_name}",
+        f"query_{criterion.score_name}",
+        "support_loss",
+        "inner_residual",
+        "adjoint_residual",
+        "negative_curvature",
+    )
+
+
+def columns(criterion: Criterion) -> tuple[str, ...]:
+    """Columns of metrics.csv.
+
+    ``seconds`` is the time spent training, with the validations before that row, over all resumptions;
+    ``tasks_per_second`` is the rate of the row's meta-steps alone, without any validation.
+
+    Args:
+        criterion: of the run.
+
+    Returns:
+        Their names, each once.
+    """
+    names = ("meta_step", *gathered(criterion), criterion.validation, "seconds", "tasks_per_second")
+    return tuple(dict.fromkeys(names))
 
 
 class Meter:
@@ -34,10 +59,12 @@ class Meter:
 
     Args:
         device: where the sums lie.
+        criterion: of the run.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(GATHERED), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, criterion: Criterion) -> None:
+        self._names = gathered(criterion)
+        self.sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
 
     def add(self, outcome: Outcome) -> None:
         """Gather one meta-step, after its backward.
@@ -49,7 +76,7 @@ class Meter:
         missing = torch.full_like(outcome.query_loss, torch.nan)
         values = (
             outcome.query_loss,
-            outcome.query_accuracy,
+            outcome.query_score,
             outcome.support_loss,
             outcome.solution.stats.residual,
             report.residual if report.residual is not None else missing,
@@ -64,11 +91,11 @@ class Meter:
             steps: meta-steps gathered since the last time.
 
         Returns:
-            One value for each of ``GATHERED``, NaN where the algorithm has none.
+            One value for each name that is gathered, NaN where the algorithm has none.
         """
         means = (self.sums / steps).tolist()
         self.sums.zero_()
-        return dict(zip(GATHERED, means, strict=True))
+        return dict(zip(self._names, means, strict=True))
 
 
 class MetricsFile:
@@ -77,16 +104,17 @@ class MetricsFile:
     Args:
         path: the file.
         size: bytes that were there at the checkpoint; 0 starts the file.
+        names: of the columns.
 
     Raises:
         OSError: if it cannot be written.
         ValueError: if it has fewer bytes than that.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, size: int, names: Sequence[str]) -> None:
+        self._path, self._names = path, names
         if size == 0:
-            path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8", newline="")
+            path.write_text(",".join(names) + "\n", encoding="utf-8", newline="")
         elif path.stat().st_size < size:
             raise ValueError(
                 f"{path} has {path.stat().st_size} bytes, but the checkpoint was taken when it had {size}; restore it, "
@@ -104,10 +132,10 @@ class MetricsFile:
         """Write a row and see it on the disk.
 
         Args:
-            row: a value for each of ``COLUMNS``; NaN is written as an empty cell.
+            row: a value for each column; NaN is written as an empty cell.
         """
         text = io.StringIO()
-        cells = ("" if row[name] != row[name] else f"{row[name]:.8g}" for name in COLUMNS)
+        cells = ("" if row[name] != row[name] else f"{row[name]:.8g}" for name in self._names)
         csv.writer(text, lineterminator="\n").writerow(cells)
         with self._path.open("a", encoding="utf-8", newline="") as file:
             file.write(text.getvalue())
@@ -125,5 +153,6 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
         The values of each column, NaN where a cell is empty.
     """
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
+        table = csv.DictReader(file)
+        rows = list(table)
+    return {name: [float(row[name] or "nan") for row in rows] for name in table.fieldnames or ()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from applications.imaml.criterion import CLASSIFICATION, Criterion
 from applications.imaml.words import describe_seconds
 
 
@@ -47,9 +47,19 @@ class Display:
         tasks: tasks of each meta-step.
         limit: seconds after which training stops; None for no limit.
         quiet: whether to show nothing.
+        criterion: of the run.
     """
 
-    def __init__(self, total: int, done: int, tasks: int, limit: float | None, quiet: bool) -> None:
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        tasks: int,
+        limit: float | None,
+        quiet: bool,
+        criterion: Criterion = CLASSIFICATION,
+    ) -> None:
+        self._criterion = criterion
         self._total, self._first, self._tasks, self._limit, self._quiet = total, done, tasks, limit, quiet
         self._start = time.monotonic()
         # Of it, what went into rows.
@@ -91,9 +101,7 @@ class Display:
         """
         self._recording += seconds
         step = int(row["meta_step"])
-        text = f"{step}/{self._total}  query loss {row['query_loss']:.3f}  accuracy {100 * row['query_accuracy']:.1f} %"
-        if not math.isnan(row["validation_accuracy"]):
-            text += f"  validation {100 * row['validation_accuracy']:.1f} %"
+        text = f"{step}/{self._total}  {self._criterion.told(row)}"
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         elif not self._quiet:

@@ -50,8 +50,8 @@ class Race:
         tight: whether the last meta-gradient of a run is compared with a tight reference.
 
     Raises:
-        ConfigError: if there is no such variant, the base cannot be with one of them, or no validation accuracy is
-            measured after the last meta-step.
+        ConfigError: if there is no such variant, the base cannot be with one of them, or has no classes, or no
+            validation accuracy is measured after the last meta-step.
     """
 
     base: Config
@@ -62,6 +62,7 @@ class Race:
     tight: bool = True
 
     def __post_init__(self) -> None:
+        self.base.check_classes()
         unknown = [name for name in self.variants if name not in VARIANTS[self.subject]]
         if unknown:
             raise ConfigError(

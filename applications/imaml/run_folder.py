@@ -9,8 +9,8 @@ from applications.imaml.checkpoint import POINTER
 from applications.imaml.config import Config
 
 CONFIG, METRICS, CURVE, EVENTS = "config.json", "metrics.csv", "curve.png", "tensorboard"
-# Those that the JSON or the CSV of a report could replace.
-_OWN = (CONFIG, METRICS, POINTER, "exactness.json", "cell.json", "answers.csv")
+# Those that a file of a report could replace.
+_OWN = (CONFIG, METRICS, CURVE, POINTER, "exactness.json", "cell.json", "answers.csv")
 # Settings, metrics, curve and events, which are small beside the checkpoints of any network here.
 _REST = 2**20
 
@@ -48,25 +48,27 @@ def claim(out: Path, config: Config, checkpoint_bytes: int, *, resume: bool) -> 
         ) from error
 
 
-def check_report(path: Path) -> None:
+def check_report(path: Path, *, picture: bool = False) -> None:
     """Refuse a report that cannot be written or would replace a file of a run, before an hour of measuring.
 
     Args:
         path: JSON to write, and a CSV of the same name beside it.
+        picture: whether a PNG of the same name is written as well.
 
     Raises:
         RunError: if it is no JSON by its name, or belongs to a run, or cannot be written.
     """
     if path.suffix != ".json":
         raise RunError(f"report={str(path)!r} is no JSON by its name; pass a name that ends in .json.")
-    for own in (path, path.with_suffix(".csv")):
+    files = [path, path.with_suffix(".csv"), *([path.with_suffix(".png")] if picture else [])]
+    for own in files:
         if own.name in _OWN:
             raise RunError(
                 f"report={str(path)!r} would be written to {own.name}, which is a file that a run keeps; pass another "
                 f"name."
             )
     try:
-        for own in (path, path.with_suffix(".csv")):
+        for own in files:
             _try_out(own.with_name(own.name + ".trial"), 1)
             if own.is_dir():
                 raise IsADirectoryError(f"{own} is a folder")

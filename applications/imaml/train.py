@@ -11,34 +11,27 @@ from typing import Any
 
 import torch
 
-from applications.datasets import ClassImages
 from applications.imaml import checkpoint
 from applications.imaml.algorithms import initial_strengths
 from applications.imaml.captured import CapturedStep, CudaGraph, check_capturable
 from applications.imaml.checkpoint import Checkpoint, CheckpointError
 from applications.imaml.config import Config, ConfigError
+from applications.imaml.criterion import criterion_of
 from applications.imaml.device import use
 from applications.imaml.ending import Best, Ending, continued
-from applications.imaml.episodes import (
-    SplitName,
-    TaskSampler,
-    check_same_data,
-    check_ways,
-    generator_for,
-    identity_of,
-    load_splits,
-)
-from applications.imaml.evaluate import accuracies
+from applications.imaml.episodes import Family, SplitName, check_same_data, check_ways, generator_for, identity_of
 from applications.imaml.events import Events, check_importable
+from applications.imaml.families import image_of, load_families, new_network, sampler_of
 from applications.imaml.figures import draw_curve
 from applications.imaml.interruptions import interruptions
 from applications.imaml.meta_step import MetaStep
-from applications.imaml.metrics import MetricsFile, read_metrics
-from applications.imaml.networks import Parameters, initialize
+from applications.imaml.metrics import MetricsFile, columns, read_metrics
+from applications.imaml.networks import Parameters
 from applications.imaml.processes import Processes
 from applications.imaml.progress import Display, announced
 from applications.imaml.remedies import remedies
 from applications.imaml.run_folder import CURVE, EVENTS, METRICS, RunError, claim
+from applications.imaml.scores import scores
 from applications.imaml.words import counted
 
 
@@ -72,7 +65,7 @@ def train(
     Args:
         config: of the run.
         out: folder of the run; gets config.json, metrics.csv, curve.png and the checkpoint, which holds the network of
-            the last meta-step and that of the best accuracy on validation classes.
+            the last meta-step and that of the best score on validation classes or tasks.
         limits: when to stop early.
         resume: go on from the checkpoint in that folder, to the bit as if there had been no interruption.
         processes: those that share the tasks of a meta-step, this one among them.
@@ -97,7 +90,7 @@ def train(
         run = _Run(config, out, processes, resume=resume, tensorboard=limits.tensorboard)
         show(f"; {run}")
     begun = time.monotonic()
-    display = Display(config.meta_steps, run.meta_step, config.tasks, limits.seconds, quiet)
+    display = Display(config.meta_steps, run.meta_step, config.tasks, limits.seconds, quiet, criterion_of(config))
     with interruptions() as interrupted, closing(run), display:
         while run.meta_step < config.meta_steps:
             run.step()
@@ -117,7 +110,7 @@ def train(
 
 def _what(config: Config) -> str:
     return (
-        f"{config.data} {config.ways}-way {config.shots}-shot, {config.algorithm}: "
+        f"{config.data} {config.size}, {config.algorithm}: "
         f"{counted(config.meta_steps, 'meta-step')} of {counted(config.tasks, 'task')}"
     )
 
@@ -134,14 +127,14 @@ class _Run:
 
     def __init__(self, config: Config, out: Path, processes: Processes, *, resume: bool, tensorboard: bool) -> None:
         self._config, self._out, self._processes = config, out, processes
+        self._criterion = criterion_of(config)
         self._device = processes.alike(self._place)
         splits = processes.alike(self._splits)
         generator = generator_for(config.seed, "training tasks", self._device)
-        sampler = TaskSampler(splits["train"], config.ways, config.shots, config.queries, generator, config.query_sets)
-        self._validation_images = splits.get("validation")
-        *_, channels, _, side = splits["train"].images.shape
-        self._source, self._image, self._data = splits["train"].source, (channels, side), identity_of(splits)
-        network = initialize(config.ways, channels, side, generator_for(config.seed, "initialisation"))
+        sampler = sampler_of(splits["train"], config, generator, config.query_sets)
+        self._validation, self._data = splits.get("validation"), identity_of(splits)
+        self._source, self._image = splits["train"].source, image_of(splits["train"])
+        network = new_network(splits["train"], config, generator_for(config.seed, "initialisation"))
         drawn = network | initial_strengths(network, config)
         self.theta: Parameters = {name: value.to(self._device).requires_grad_() for name, value in drawn.items()}
         # With or without a graph, so that both round alike.
@@ -182,8 +175,8 @@ class _Run:
         check_capturable(self._config, device, self._processes)
         return device
 
-    def _splits(self) -> dict[SplitName, ClassImages]:
-        splits = load_splits(self._config, self._device)
+    def _splits(self) -> dict[SplitName, Family]:
+        splits = load_families(self._config, self._device)
         check_ways(splits, self._config.ways)
         return splits
 
@@ -195,7 +188,8 @@ class _Run:
         claim(self._out, self._config, size, resume=resume)
         there = (self._out / checkpoint.POINTER).exists()
         saved = continued(checkpoint.load(self._out), self._config.meta_steps) if there else None
-        self._metrics = MetricsFile(self._out / METRICS, 0 if saved is None else saved.numbers["metrics_bytes"])
+        size = 0 if saved is None else saved.numbers["metrics_bytes"]
+        self._metrics = MetricsFile(self._out / METRICS, size, columns(self._criterion))
         return saved
 
     def step(self) -> None:
@@ -222,12 +216,13 @@ class _Run:
             self._ending = Ending(self._metrics_bytes, self._row_seconds, meter.sums.clone(), self._best)
         taken = (self.meta_step - 1) % config.log_every + 1
         row: dict[str, float] = {"meta_step": self.meta_step, **meter.take(taken)}
-        told = f"the query loss is {row['query_loss']} in the {taken} meta-steps before {self.meta_step}"
-        self._processes.from_first(lambda: _check(math.isfinite(row["query_loss"]), told, config))
+        loss = row[f"query_{self._criterion.loss_name}"]
+        told = f"the query loss is {loss} in the {taken} meta-steps before {self.meta_step}"
+        self._processes.from_first(lambda: _check(math.isfinite(loss), told, config))
         self._tick()
         row["seconds"] = self._trained_seconds
         row["tasks_per_second"] = taken * config.tasks / max(self._trained_seconds - self._row_seconds, 1e-9)
-        row["validation_accuracy"] = self._validate() if validates else math.nan
+        row[self._criterion.validation] = self._validate() if validates else math.nan
         self._processes.from_first(lambda: self._write(row))
         if validates:
             self.draw()
@@ -302,21 +297,22 @@ class _Run:
         self._trained_seconds, self._row_seconds = numbers["trained_seconds"], numbers["row_seconds"]
         if best := numbers.get("best"):
             network = {name: tensors[f"best.{name}"].to(self._device) for name in self.theta}
-            self._best = Best(best["meta_step"], best["accuracy"], network)
+            name = self._criterion.score_name
+            self._best = Best(best["meta_step"], name, best[name], network)
 
     def _validate(self) -> float:
-        if self._validation_images is None:
+        if self._validation is None:
             return math.nan
-        config = self._config
+        config, criterion = self._config, self._criterion
         # The same tasks every time, so that the curve shows the network and not the draw.
         generator = generator_for(config.seed, "validation tasks", self._device)
-        sampler = TaskSampler(self._validation_images, config.ways, config.shots, config.queries, generator)
-        after = accuracies(self.theta, sampler, config, config.validation_tasks, self._processes).after
-        accuracy = after.double().mean().item()
-        if self._best is None or accuracy > self._best.accuracy:
+        sampler = sampler_of(self._validation, config, generator)
+        after = scores(self.theta, sampler, config, config.validation_tasks, self._processes).after
+        score = after.double().mean().item()
+        if self._best is None or criterion.better(score, self._best.score):
             network = {name: value.detach().clone() for name, value in self.theta.items()}
-            self._best = Best(self.meta_step, accuracy, network)
-        return accuracy
+            self._best = Best(self.meta_step, criterion.score_name, score, network)
+        return score
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from applications.datasets import Sinusoids
 from applications.imaml import episodes, train
 from applications.imaml.algorithms import initial_strengths
 from applications.imaml.captured import CapturedStep, CudaGraph, check_capturable
 from applications.imaml.config import Config, ConfigError
-from applications.imaml.episodes import TaskSampler, generator_for
+from applications.imaml.episodes import generator_for
+from applications.imaml.families import new_network, sampler_of
 from applications.imaml.meta_step import MetaStep
-from applications.imaml.networks import initialize
 from applications.imaml.processes import Processes
 from applications.imaml.run_folder import RunError
 from applications.imaml.train import Limits
@@ -39,6 +40,8 @@ FIXED = {
     "anil": {"algorithm": "anil", "lam": 0.0},
     "fomaml": {"algorithm": "fomaml", "lam": 0.0},
     "reptile": {"algorithm": "reptile", "lam": 0.0},
+    "waves": {"data": "sinusoid", "ways": 5},
+    "waves, maml": {"data": "sinusoid", "ways": 5, "algorithm": "maml", "lam": 0.0},
 }
 
 
@@ -51,12 +54,12 @@ def _adam_of_devices(monkeypatch):
 
 
 def made(config=SHORT, device=CPU, *, capturable=True):
-    network = initialize(config.ways, 1, 28, generator_for(0, "initialisation"))
+    family = Sinusoids() if config.is_regression else few_classes().to(device)
+    network = new_network(family, config, generator_for(0, "initialisation"))
     theta = network | initial_strengths(network, config)
     theta = {name: value.to(device).requires_grad_() for name, value in theta.items()}
     generator = generator_for(0, "training tasks", device)
-    dataset = few_classes().to(device)
-    sampler = TaskSampler(dataset, config.ways, config.shots, config.queries, generator, config.query_sets)
+    sampler = sampler_of(family, config, generator, config.query_sets)
     return MetaStep(theta, sampler, config, Processes(), capturable=capturable)
 
 
@@ -103,7 +106,7 @@ RATES = [0.02, 0.001, 0.03]
 
 
 @pytest.mark.usefixtures("_adam_of_devices")
-@pytest.mark.parametrize("name", ["imaml", "learnt strength", "support statistics", "maml"])
+@pytest.mark.parametrize("name", ["imaml", "learnt strength", "support statistics", "maml", "waves"])
 def test_a_recorded_step_is_the_eager_one_to_the_bit(name):
     config = replace(SHORT, **FIXED[name])
     step, tape = made(config), OperationTape()
@@ -264,7 +267,9 @@ def test_a_meta_step_never_synchronizes_a_gpu(settings):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["imaml", "hessian", "learnt strength", "adam", "support statistics", "maml", "anil"])
+@pytest.mark.parametrize(
+    "name", ["imaml", "hessian", "learnt strength", "adam", "support statistics", "maml", "anil", "waves"]
+)
 def test_a_cuda_graph_is_the_eager_step_to_the_bit(name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     config = replace(SHORT, **FIXED[name])

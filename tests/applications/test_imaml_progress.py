@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from applications.imaml import episodes, progress, train
-from applications.imaml.evaluate import Accuracies
 from applications.imaml.metrics import read_metrics
 from applications.imaml.progress import Display, announced
+from applications.imaml.scores import Scores
 from applications.imaml.train import Limits
 from applications.imaml.words import counted, describe_seconds
 from tests.helpers.runs import SHORT, SIZES, few_classes
@@ -64,9 +64,9 @@ def test_the_rate_that_is_shown_is_that_of_the_metrics_without_validations(tmp_p
 
     def slow(theta, sampler, config, tasks, *others):
         time.sleep(0.5)
-        return Accuracies(torch.zeros(tasks), torch.zeros(tasks))
+        return Scores(torch.zeros(tasks), torch.zeros(tasks))
 
-    monkeypatch.setattr(train, "accuracies", slow)
+    monkeypatch.setattr(train, "scores", slow)
     train.train(replace(SHORT, validate_every=2), tmp_path / "run", Limits())
     metrics = read_metrics(tmp_path / "run" / "metrics.csv")
     shown = [line for line in capsys.readouterr().out.splitlines() if "tasks/s" in line]

@@ -18,10 +18,11 @@ from applications.imaml import checkpoint, episodes, run_folder, train
 from applications.imaml.checkpoint import CheckpointError
 from applications.imaml.classifier import FewShotClassifier
 from applications.imaml.episodes import Tasks
-from applications.imaml.evaluate import Protocol, accuracies, evaluate, sampler_for
+from applications.imaml.evaluate import Protocol, evaluate, sampler_for
 from applications.imaml.fewshot import Learner
 from applications.imaml.network import forward
 from applications.imaml.run_folder import RunError
+from applications.imaml.scores import scores
 from applications.imaml.train import Limits
 from applications.imaml.trained import load_network
 from tests.helpers.runs import SHORT, SIZES, assert_same, few_classes, state
@@ -50,11 +51,11 @@ def validations():
 
     def measured(theta, sampler, config, tasks, *others):
         seen.append(({name: value.detach().clone() for name, value in theta.items()}, sampler._pixels))
-        found = accuracies(theta, sampler, config, tasks, *others)
+        found = scores(theta, sampler, config, tasks, *others)
         return found._replace(after=torch.full_like(found.after, next(told)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "accuracies", measured)
+        patch.setattr(train, "scores", measured)
         yield seen
 
 
@@ -153,8 +154,8 @@ def test_queries_and_inner_steps_of_an_evaluation_are_its_own(validated, tmp_pat
     for stated in ("3 query images a class", "7 gradient steps", "4 tasks"):
         assert stated in result.stdout
     config, protocol = replace(VALIDATED, queries=3, inner_steps=7), Protocol(tasks=4)
-    sampler = sampler_for(config, episodes.load_splits(config, CPU)["test"], protocol)
-    expected = accuracies(load_network(folder, CPU).theta, sampler, config, 4).after
+    sampler = sampler_for(config, episodes.load_splits(config, CPU)["test"], protocol, CPU)
+    expected = scores(load_network(folder, CPU).theta, sampler, config, 4).after
     assert own["accuracy"] == pytest.approx(100 * expected.double().mean().item())
 
 
@@ -183,7 +184,7 @@ def test_without_regularization_tasks_are_learnt_by_the_plain_loss(tmp_path, set
     assert "4 gradient steps of lr 0.4, not regularized" in result.stdout
     theta, sampler = (
         load_network(folder, CPU).theta,
-        sampler_for(config, episodes.load_splits(config, CPU)["test"], Protocol()),
+        sampler_for(config, episodes.load_splits(config, CPU)["test"], Protocol(), CPU),
     )
     expected = []
     for _ in range(20 // config.tasks):

@@ -21,6 +21,7 @@ CUT = {
     "--log-every 20 --validate-every 80": "--log-every 1 --validate-every 1",
     "--tasks 600": "--tasks 3",
     "--queries 15": "--queries 7",
+    "--data sinusoid": "--data sinusoid --meta-steps 2 --tasks 2 --validation-tasks 2",
 }
 IMAML = "python -m applications.imaml "
 
@@ -67,6 +68,8 @@ def test_the_tutorial_runs_from_top_to_bottom():
     assert "trained: 2 of 2 meta-steps" in text
     assert "12 images, 3 classes, " in text
     assert [Path(name).stat().st_size > 100 for name in ("mine/answers.csv", "mine/answers.png")] == [True, True]
+    assert "sinusoid 10-shot, 10 query points | test tasks" in text
+    assert Path("runs/sine/evaluation.png").read_bytes().startswith(b"\x89PNG")
     # Every report is where the tutorial says, of what it says.
     assert {path.name for path in Path("runs/glyphs").glob("*.json")} == {
         *("config.json", "checkpoint.json", "evaluation.json", "support.json", "queries-15.json", "best.json")

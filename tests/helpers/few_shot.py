@@ -77,12 +77,12 @@ def meta_gradient(theta, tasks, **settings):
     return evaluate(named(theta), tasks, Config(**({"lam": LAM} | settings)))
 
 
-def solved(theta, task, lam=LAM):
+def solved(theta, task, lam=LAM, loss=cross_entropy):
     """The inner minimiser to machine precision, by Newton's method with the dense Hessian, from theta."""
     lam = torch.as_tensor(lam, dtype=theta.dtype)
 
     def inner(phi):
-        return cross_entropy(phi, task.support_images, task.support_labels) + (lam * (phi - theta).square()).sum() / 2
+        return loss(phi, task.support_images, task.support_labels) + (lam * (phi - theta).square()).sum() / 2
 
     phi = theta.clone()
     gradient, hessian = torch.func.grad(inner), torch.func.hessian(inner)
@@ -101,9 +101,9 @@ def solved(theta, task, lam=LAM):
     return phi
 
 
-def outer(theta, tasks, lam=LAM):
+def outer(theta, tasks, lam=LAM, loss=cross_entropy):
     """The whole outer objective of iMAML, by the dense solves above."""
-    losses = [cross_entropy(solved(theta, task, lam), task.query_images, task.query_labels) for task in each(tasks)]
+    losses = [loss(solved(theta, task, lam, loss), task.query_images, task.query_labels) for task in each(tasks)]
     return torch.stack(losses).mean()
 
 

@@ -25,7 +25,6 @@ from applications.imaml.algorithms.outcome import (
     Judged,
     MetaLoss,
     Outcome,
-    accuracy,
     judged,
     over_tasks,
     query_logits,
@@ -38,7 +37,6 @@ from applications.imaml.networks import Parameters
 __all__ = [
     "MetaLoss",
     "Outcome",
-    "accuracy",
     "adapt",
     "initial_strengths",
     "learnt_strengths",

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import implicitlayers as il
 from applications.imaml import networks
 from applications.imaml.algorithms.curvature import conjugate_gradients, implicit
 from applications.imaml.algorithms.strength import network_of, strengths
 from applications.imaml.config import TORCH, Config
+from applications.imaml.criterion import Criterion, criterion_of
 from applications.imaml.episodes import Tasks
 from applications.imaml.networks import HEAD, Parameters
 from applications.imaml.products import Products
@@ -44,10 +44,11 @@ def adapt(
         The solution; its value is the task's parameters, all of them.
     """
     anchor = network_of(theta)
-    how = Products.of(config)
-    objective, seen, unknown = _support_loss(how), task.support_images, tuple(anchor)
+    how, criterion = Products.of(config), criterion_of(config)
+    objective, seen, unknown = _support_loss(how, criterion), task.support_images, tuple(anchor)
     if config.algorithm == "anil":
-        objective, seen, unknown = _head_loss(how), networks.features(anchor, task.support_images, None, how), HEAD
+        objective, unknown = _head_loss(how, criterion), HEAD
+        seen = networks.features(anchor, task.support_images, None, how)
     solution = il.argmin(
         objective,
         _chosen(anchor if start is None else start, unknown),
@@ -68,16 +69,18 @@ def _chosen(parameters: Parameters, names: Iterable[str]) -> Parameters:
 
 
 # Declared in two parts, which is what Gauss-Newton curvature is made from.
-def _support_loss(how: Products) -> il.Composite:
-    return il.Composite(lambda phi, images, labels: networks.forward(phi, images, None, how), _mean_cross_entropy)
+def _support_loss(how: Products, criterion: Criterion) -> il.Composite:
+    return _composite(lambda phi, images: networks.forward(phi, images, None, how), criterion)
 
 
-def _head_loss(how: Products) -> il.Composite:
-    return il.Composite(lambda phi, features, labels: networks.head(phi, features, how), _mean_cross_entropy)
+def _head_loss(how: Products, criterion: Criterion) -> il.Composite:
+    return _composite(lambda phi, features: networks.head(phi, features, how), criterion)
 
 
-def _mean_cross_entropy(logits: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels)
+def _composite(outputs: Callable[[Parameters, Tensor], Tensor], criterion: Criterion) -> il.Composite:
+    return il.Composite(
+        lambda phi, seen, targets: outputs(phi, seen), lambda found, seen, targets: criterion.loss(found, targets)
+    )
 
 
 def _solver(config: Config) -> il.Solver[Any]:

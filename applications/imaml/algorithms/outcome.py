@@ -1,4 +1,4 @@
-"""What an algorithm is and what it returns; how an adapted network is judged by its query images."""
+"""What an algorithm is and what it returns; how an adapted network is judged by its queries."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import implicitlayers as il
 from applications.imaml import networks
 from applications.imaml.config import BatchNorm, Config
+from applications.imaml.criterion import criterion_of
 from applications.imaml.episodes import Tasks
 from applications.imaml.networks import Parameters
 from applications.imaml.products import USUAL, Products
 
-__all__ = ["Judged", "MetaLoss", "Outcome", "accuracy", "judged", "over_tasks", "query_logits"]
+__all__ = ["Judged", "MetaLoss", "Outcome", "judged", "over_tasks", "query_logits"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Outcome:
     Args:
         loss: 0-d; its gradient is the meta-gradient. The mean query loss of the tasks, unless the algorithm says what
             else.
-        query_loss: mean cross-entropy of each task's query images after adaptation, in nats, ``[tasks]``.
-        query_accuracy: fraction of them classified rightly, ``[tasks]``.
+        query_loss: mean loss of each task's queries after adaptation, by the run's criterion, ``[tasks]``.
+        query_score: their score by the same, such as the fraction of images classified rightly, ``[tasks]``.
         support_loss: the regularized loss of the support images where the inner solver last evaluated it, which with a
             fixed number of steps is before the last one.
         solution: how the inner solve went, one lane a task, without its value; its ``adjoint`` is filled once
@@ -37,7 +37,7 @@ class Outcome:
 
     loss: Tensor
     query_loss: Tensor
-    query_accuracy: Tensor
+    query_score: Tensor
     support_loss: Tensor
     solution: il.Solution
 
@@ -73,8 +73,8 @@ def over_tasks(judge: Callable[[Parameters, Tasks], Judged]) -> MetaLoss:
     """
 
     def loss(theta: Parameters, tasks: Tasks) -> Outcome:
-        losses, query_loss, query_accuracy, support_loss, solution = torch.vmap(judge, in_dims=(None, 0))(theta, tasks)
-        return Outcome(losses.mean(), query_loss, query_accuracy, support_loss, solution)
+        losses, query_loss, query_score, support_loss, solution = torch.vmap(judge, in_dims=(None, 0))(theta, tasks)
+        return Outcome(losses.mean(), query_loss, query_score, support_loss, solution)
 
     return loss
 
@@ -93,7 +93,8 @@ def judged(solution: il.Solution, phi: Parameters, task: Tasks, config: Config, 
         Its part of the outcome.
     """
     logits = query_logits(phi, task, config.batch_norm, config.query_sets, Products.of(config))
-    query_loss = F.cross_entropy(logits, task.query_labels)
+    criterion = criterion_of(config)
+    query_loss = criterion.loss(logits, task.query_labels)
     # The record needs how the solve went, not what it found; and vmap lets only tensors out, so no None either.
     stats = replace(
         solution.stats, residual=solution.stats.residual.detach(), objective=solution.stats.objective.detach()
@@ -101,7 +102,7 @@ def judged(solution: il.Solution, phi: Parameters, task: Tasks, config: Config, 
     return (
         query_loss if loss is None else loss,
         query_loss.detach(),
-        accuracy(logits, task.query_labels),
+        criterion.scores(logits, task.query_labels).mean().detach(),
         stats.objective,
         replace(solution, value=(), aux=(), stats=stats),
     )
@@ -122,21 +123,8 @@ def query_logits(
         how: the network's products are computed.
 
     Returns:
-        Logits ``[query_sets * ways * queries, ways]``.
+        Logits ``[query_sets * ways * queries, ways]``; of regression, outputs ``[queries, outputs]``.
     """
     statistics = networks.batch_statistics(phi, task.support_images, how) if batch_norm == "support" else None
     sets = task.query_images.unflatten(0, (query_sets, -1))
     return torch.vmap(lambda images: networks.forward(phi, images, statistics, how))(sets).flatten(0, 1)
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Fraction of right answers.
-
-    Args:
-        logits: ``[batch, ways]``.
-        labels: ``[batch]``.
-
-    Returns:
-        A 0-d float32 tensor between 0 and 1.
-    """
-    return (logits.argmax(-1) == labels).float().mean()

@@ -79,6 +79,9 @@ class Overrides:
         curvature: of iMAML's linear system.
         device: where.
         threads: CPU threads; 0 leaves PyTorch's choice.
+
+    Raises:
+        ConfigError: if the data have no classes.
     """
 
     data: DataName | None = None
@@ -89,6 +92,10 @@ class Overrides:
     curvature: CurvatureName | None = None
     device: str = Config.device
     threads: int = Config.threads
+
+    def __post_init__(self) -> None:
+        if self.data == "sinusoid":
+            Config(data=self.data).check_classes()
 
 
 _HEADINGS: Mapping[RowName, str] = MappingProxyType(
