@@ -7,6 +7,7 @@ import implicitlayers as il
 from applications.imaml.algorithms import curvature
 from applications.imaml.algorithms.curvature import PublishedCG, UnguardedCG, conjugate_gradients, implicit
 from applications.imaml.config import Config
+from applications.imaml.criterion import criterion_of
 from applications.imaml.episodes import Tasks
 from applications.imaml.metrics import Meter
 from tests.helpers.few_shot import LAM, cross_entropy, descended, each, meta_gradient, tiny_problem
@@ -96,7 +97,7 @@ def test_the_guard_makes_a_difference_where_the_hessian_is_indefinite(problem):
     # The metrics count what was stopped, by a curvature that was seen to be negative or not, and what went on.
     assert (stopped & (guarded.outcome.solution.adjoint.curvature[0] > 0)).any()
     for found, counted in ((guarded, stopped), (unguarded, met)):
-        meter = Meter(torch.device("cpu"))
+        meter = Meter(torch.device("cpu"), criterion_of(Config()))
         meter.add(found.outcome)
         assert meter.take(1)["negative_curvature"] == pytest.approx(counted.double().mean().item())
 
