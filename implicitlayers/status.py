@@ -66,7 +66,8 @@ class Status(IntEnum):
     )
     INDEFINITE = (
         5,
-        "a direction of non-positive curvature was met: no strict minimum, and conjugate gradients do not apply",
+        "a direction of non-positive curvature (or below CG's curvature_floor) was met: no strict minimum, and "
+        "conjugate gradients do not apply",
         'add damping or regularization, use curvature="gauss_newton" with a Composite, or linear_solver=Dense()',
     )
     SINGULAR = (

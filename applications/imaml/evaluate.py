@@ -45,6 +45,7 @@ class Protocol:
         seed: chooses the tasks.
         queries: query images of a class; None as in training. 1, as many as support images, and 15 are usual, and with
             transductive batch normalisation more of them make a task easier.
+        shots: support images of a class; None as in training.
         inner_steps: steps of the inner solver; None as in training.
         regularized: whether tasks are learnt with the pull towards the meta-parameters, as in training, or by the plain
             loss of the support images.
@@ -62,6 +63,7 @@ class Protocol:
     inner_steps: int | None = None
     regularized: bool = True
     checkpoint: CheckpointName = "last"
+    shots: int | None = None
 
     def __post_init__(self) -> None:
         if self.tasks < 2:
@@ -85,6 +87,7 @@ class Protocol:
             config,
             precision="float32",
             batch_norm=self.batch_norm or config.batch_norm,
+            shots=config.shots if self.shots is None else self.shots,
             queries=config.queries if self.queries is None else self.queries,
             inner_steps=config.inner_steps if self.inner_steps is None else self.inner_steps,
         )

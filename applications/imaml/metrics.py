@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+import implicitlayers as il
 from applications.imaml.algorithms import Outcome
 from applications.imaml.criterion import Criterion
 
@@ -20,7 +22,7 @@ def gathered(criterion: Criterion) -> tuple[str, ...]:
     Loss of the queries after adaptation (of images, cross-entropy), and their score (fraction of right answers); inner
     objective (loss of the support and proximal term) and norm of its gradient, where the inner solver last evaluated
     them; residual of the adjoint's linear system relative to its right-hand side; fraction of tasks in which that
-    system met a direction of non-positive curvature.
+    system met a direction of non-positive curvature, or one of too little to go on.
 
     Args:
         criterion: of the run.
@@ -80,7 +82,7 @@ class Meter:
             outcome.support_loss,
             outcome.solution.stats.residual,
             report.residual if report.residual is not None else missing,
-            (report.curvature[0] <= 0).float() if report.curvature is not None else missing,
+            missing if report.curvature is None else _negative(report.curvature[0], report.status).float(),
         )
         self.sums += torch.stack([value.detach().double().mean() for value in values])
 
@@ -96,6 +98,12 @@ class Meter:
         means = (self.sums / steps).tolist()
         self.sums.zero_()
         return dict(zip(self._names, means, strict=True))
+
+
+def _negative(smallest: Tensor, status: Tensor | None) -> Tensor:
+    # Conjugate gradients that stop say so, others go on and may be seen to have met it.
+    met = smallest <= 0
+    return met if status is None else met | (status == il.Status.INDEFINITE)
 
 
 class MetricsFile:

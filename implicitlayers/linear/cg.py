@@ -7,6 +7,8 @@ Where this differs from the textbook and from SciPy's `cg`:
 - pᵀAp is watched. Where it is not positive the operator is not positive definite, the recurrence means nothing, and the
   lane stops at the iterate it has, with the status INDEFINITE (or SINGULAR where A p vanishes). In contrast to
   truncated Newton methods no step along the direction of negative curvature is taken.
+- A positive curvature next to zero makes a step next to infinite. `curvature_floor` stops a lane before it, and bounds
+  the solution.
 - The tolerance is never below what the floating-point type can reach, and a lane that has stopped gaining ends with
   STALLED. What CG lowers in every step is the energy xᵀAx/2 - bᵀx; the residual of an ill-conditioned system may rise
   for hundreds of steps before it falls.
@@ -14,6 +16,7 @@ Where this differs from the textbook and from SciPy's `cg`:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -26,7 +29,7 @@ from implicitlayers.linear.operator import Operator
 from implicitlayers.linear.preconditioner import Precondition, Preconditioner
 from implicitlayers.linear.solve import LinearSolution, LinearSolver
 from implicitlayers.loop import Algorithm, check_tolerances, dot, iterate, not_finite
-from implicitlayers.status import RUNNING, Status
+from implicitlayers.status import RUNNING, MisuseError, Status
 
 __all__ = ["CG"]
 
@@ -44,6 +47,7 @@ class _State(NamedTuple):
     curvature_max: Tensor
     broken: Tensor
     lanczos: Lanczos
+    lost: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ class CG(LinearSolver):
         max_steps: limit on the products; their exact number with ``rtol=atol=None``.
         preconditioner: a `Preconditioner`, or r ↦ M⁻¹ r on ``[*lanes, n]``, with M symmetric positive definite; None
             for the identity.
+        curvature_floor: smallest curvature that is accepted, in the units of A. A lane stops at the iterate it has, as
+            INDEFINITE, where the recurrence for A - curvature_floor·I would break down: in exact arithmetic, when the
+            Krylov space first holds a y with yᵀA y ≤ curvature_floor·‖y‖². Whatever A is, then ‖x‖ ≤
+            ‖b‖/curvature_floor from a start at zero; the limit for single directions, pᵀA p > curvature_floor·‖p‖²,
+            would allow the number of steps times that. 0, the default, stops where pᵀA p ≤ 0 and bounds nothing.
+
+    Raises:
+        MisuseError: if a number cannot be, or a floor comes with a preconditioner, in whose coordinates it would be
+            another.
     """
 
     requires_symmetric: ClassVar[bool] = True
@@ -66,9 +79,20 @@ class CG(LinearSolver):
     atol: float | None = 0.0
     max_steps: int = 1000
     preconditioner: Preconditioner | Precondition | None = None
+    curvature_floor: float = 0.0
 
     def __post_init__(self) -> None:
         check_tolerances(self)
+        if not 0 <= self.curvature_floor < math.inf:
+            raise MisuseError(
+                f"CG(curvature_floor={self.curvature_floor}): the smallest curvature that is accepted cannot be "
+                f"negative, infinite or NaN; pass a number >= 0, with 0 for none."
+            )
+        if self.curvature_floor and self.preconditioner is not None:
+            raise MisuseError(
+                f"CG(curvature_floor={self.curvature_floor}, preconditioner=...): with a preconditioner, CG sees the "
+                f"curvature of another matrix, which the floor is not meant for; leave one of them out."
+            )
 
     @property
     def looks(self) -> bool:
@@ -76,7 +100,7 @@ class CG(LinearSolver):
 
     def solve(self, operator: Operator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         system = scaled(operator, b, x0, self.rtol, self.atol, self.preconditioner)
-        end = iterate(_ConjugateGradients(), system, system.start, self.max_steps, look=self.looks)
+        end = iterate(_ConjugateGradients(self.curvature_floor), system, system.start, self.max_steps, look=self.looks)
         s: _State = end.state
         # With a preconditioner the Lanczos matrix is that of another operator.
         smallest = s.lanczos.smallest()
@@ -87,13 +111,16 @@ class CG(LinearSolver):
 
 @dataclass(frozen=True)
 class _ConjugateGradients(Algorithm[System, _State]):
+    floor: float
+
     def init(self, problem: System, x: Tensor) -> _State:
         r = problem.first
         z, rz, residual = _precondition(problem, r)
         nan = torch.full_like(residual, torch.nan)
         steady = torch.zeros_like(residual, dtype=torch.int64)
         none, broken = torch.zeros_like(residual), torch.full_like(steady, RUNNING)
-        return _State(x, r, z, rz, residual, residual, steady, none, nan, nan, broken, Lanczos.begin(residual))
+        lanczos, lost = Lanczos.begin(residual), torch.full_like(residual, self.floor)
+        return _State(x, r, z, rz, residual, residual, steady, none, nan, nan, broken, lanczos, lost)
 
     def step(self, problem: System, state: _State) -> _State:
         x, r, p, rz = state.x, state.r, state.p, state.rz
@@ -104,6 +131,9 @@ class _ConjugateGradients(Algorithm[System, _State]):
         done = (pp <= 0) | (rz <= 0)
         curvature = pAp / torch.where(pp <= 0, 1, pp)
         broken = _breakdown(state, curvature, pAp, (ApAp / torch.where(pp <= 0, 1, pp)).sqrt(), done)
+        if self.floor:
+            low = (pAp <= state.lost * rz) & ~done & (broken == RUNNING)
+            broken = torch.where(low, int(Status.INDEFINITE), broken)
         moves = (broken == RUNNING) & ~done
         length = torch.where(moves, rz / torch.where(moves, pAp, 1), 0).to(x.dtype)
         alpha = length.unsqueeze(-1)
@@ -131,6 +161,7 @@ class _ConjugateGradients(Algorithm[System, _State]):
             torch.where(seen, torch.fmax(state.curvature_max, curvature), state.curvature_max),
             broken,
             state.lanczos.advance(length, beta),
+            _lost(state.lost, length, beta, self.floor) if self.floor else state.lost,
         )  # fmt: skip
 
     def terminate(self, problem: System, state: _State) -> Tensor:
@@ -145,6 +176,17 @@ def _precondition(problem: System, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     residual = rr.detach().sqrt().to(r.dtype)
     z = problem.precondition(r)
     return z, rr if z is r else dot(r, z), residual
+
+
+def _lost(lost: Tensor, length: Tensor, beta: Tensor, floor: float) -> Tensor:
+    """What the next pivot of the Lanczos matrix T loses when T - floor·I is factored in the place of T.
+
+    The pivots of T are the reciprocals of CG's step lengths, pᵀAp/rᵀr, so that T - floor·I is positive definite as long
+    as each of them is larger than what it loses: e₁ = floor, eₖ₊₁ = floor + βₖ eₖ / (1 - αₖ eₖ). All terms are
+    positive, and none cancels (the differential qd algorithm with a shift: Fernando & Parlett 1994).
+    """
+    length, beta = length.detach(), beta.detach()
+    return (floor + beta * lost / (1 - length * lost)).to(lost.dtype)
 
 
 def _breakdown(state: _State, curvature: Tensor, pAp: Tensor, stretch: Tensor, done: Tensor) -> Tensor:

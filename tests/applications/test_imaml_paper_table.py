@@ -12,8 +12,9 @@ from applications.imaml import __main__ as command
 from applications.imaml import checkpoint, episodes
 from applications.imaml.config import ConfigError
 from applications.imaml.evaluate import Protocol
-from applications.imaml.paper import table
-from applications.imaml.paper.cells import TABLES, Cell, Number, Overrides, cells_of, config_of
+from applications.imaml.paper import cells, table
+from applications.imaml.paper.cells import TABLES, Cell, Number, Overrides, cells_of, config_of, protocol_of
+from applications.imaml.paper.quoted import QUOTED
 from applications.imaml.paper.results import CellResult, SeedResult, as_markdown
 from applications.imaml.paper.table import Request, fill
 from applications.imaml.run_folder import CONFIG, RunError
@@ -193,8 +194,8 @@ def test_seeds_are_runs_of_their_own(tmp_path, told):
 def seed_result(accuracies, source="omniglot"):
     row = {"source": source, "training_seed": 0, "accuracy": 1.0, "interval": 0.1, "algorithm": "imaml"}
     row |= {"inner": "gradient", "inner_lr": 0.1, "inner_steps": 1, "lam": 1.0, "split": "test", "tasks": 2}
-    row |= {"queries": 1, "batch_norm": "support", "task_seed": 0, "meta_step": 7}
-    return SeedResult(row, accuracies, 1, 16, "hessian", 60.0, "a machine")
+    row |= {"queries": 1, "batch_norm": "support", "task_seed": 0, "meta_step": 7, "shots": 1}
+    return SeedResult(row, accuracies, 1, 16, "hessian", 60.0, "a machine", 1, 1)
 
 
 def test_interval_is_over_tasks_after_averaging_seeds():
@@ -207,7 +208,7 @@ def test_interval_is_over_tasks_after_averaging_seeds():
     assert f"| {cell.algorithm}: ours | {result.number} |" in text
     assert "do not compare" not in text
     assert "7 meta-steps of 16 tasks with 1 query set, 1.0 minutes | a machine" in text
-    assert "λ = 1, 1 gradient step of 0.1, hessian" in text
+    assert "λ = 1, 1 gradient step of 0.1, hessian |" in text
     renamed = CellResult(cell, [seed_result([0.0, 1.0], "photographs laid out like mini-imagenet")])
     assert text.startswith("# omniglot, paper settings: ")
     text = as_markdown("omniglot", "paper", [renamed])
@@ -217,9 +218,36 @@ def test_interval_is_over_tasks_after_averaging_seeds():
     assert as_markdown("omniglot", "paper", nothing_yet, "glyphs").startswith("# glyphs, in the place of omniglot, ")
 
 
+def test_training_that_is_otherwise_than_the_evaluation_is_told():
+    cell = next(cell for cell in TABLES["omniglot"] if cell.row == "reptile")
+    seed = replace(seed_result([0.0, 1.0]), inner_steps=3, shots=15)
+    seed.row.update(algorithm="reptile", inner="adam", inner_steps=5, lam=0.0)
+    text = as_markdown("omniglot", "paper", [CellResult(cell, [seed])])
+    assert "| λ = 0, 5 adam steps of 0.1; in training 3 steps, 15 support images a class |" in text
+    assert "| Reptile: ours | 50.00 ± " in text
+    assert "| Reptile, quoted by the paper | 97.68 ± 0.04 |" in text
+
+
+def test_cell_is_evaluated_as_its_own_paper_says(tmp_path, monkeypatch, told):
+    monkeypatch.setattr(episodes, "SPLIT_SIZES", {"glyphs": {"train": 5, "validation": 5, "test": 5}})
+    quick = replace(QUOTED["omniglot", "reptile", 5, 1], shots=2, test_steps=4)
+    monkeypatch.setattr(cells, "QUOTED", QUOTED | {("omniglot", "reptile", 5, 1): quick})
+    request = replace(REQUEST, settings="paper", cells=("5way-1shot-reptile",))
+    fill(request, tmp_path, told.append)
+    (seed,) = json.loads((tmp_path / "omniglot.json").read_text())["cells"][0]["seeds"]
+    assert (seed["row"]["shots"], seed["row"]["inner_steps"]) == (1, 4)
+    assert (seed["shots"], seed["inner_steps"]) == (2, 3)
+    forbid(monkeypatch, "train", "evaluate")
+    assert fill(request, tmp_path, told.append)[0]
+
+
 def test_published_numbers_are_the_papers():
     numbers = {(c.table, c.column, c.row): str(c.published) for cells in TABLES.values() for c in cells}
-    assert len(numbers) == 15
+    assert len(numbers) == 25
+    assert numbers["omniglot", "20-way 1-shot", "maml"] == "95.80 ± 0.30"
+    assert numbers["omniglot", "20-way 5-shot", "reptile"] == "97.12 ± 0.32"
+    assert numbers["mini-imagenet", "5-way 1-shot", "maml"] == "48.70 ± 1.84"
+    assert numbers["mini-imagenet", "5-way 1-shot", "reptile"] == "49.97 ± 0.32"
     assert numbers["omniglot", "20-way 1-shot", "imaml-hf"] == "96.18 ± 0.36"
     assert numbers["omniglot", "5-way 5-shot", "imaml-gd"] == "99.67 ± 0.12"
     assert numbers["omniglot", "20-way 5-shot", "first-order"] == "97.90 ± 0.10"
@@ -228,10 +256,11 @@ def test_published_numbers_are_the_papers():
 
 def test_cells_are_chosen_by_whole_words():
     names = [cell.name for cell in cells_of("omniglot", ["imaml-hf", "20way-5shot"])]
-    assert len(names) == 6
+    assert len(names) == 8
     assert "20way-5shot-imaml-gd" in names
     assert "5way-5shot-imaml-gd" not in names
-    assert len(cells_of("omniglot", [])) == 12
+    assert len(cells_of("omniglot", [])) == 20
+    assert [cell.name for cell in cells_of("mini-imagenet", ["maml"])] == ["5way-1shot-maml"]
     with pytest.raises(ConfigError, match="cells='way'"):
         cells_of("omniglot", ["way"])
 
@@ -240,10 +269,36 @@ def test_cells_are_chosen_by_whole_words():
 @pytest.mark.parametrize("cell", [cell for cells in TABLES.values() for cell in cells], ids=lambda cell: cell.name)
 def test_every_cell_can_be_trained(cell, settings):
     config = config_of(cell, settings, 3, Overrides(root="somewhere"))
-    assert (config.data, config.ways, config.shots, config.seed) == (cell.table, cell.ways, cell.shots, 3)
-    assert config.meta_steps == 20_000
+    measured = protocol_of(cell, settings, Protocol()).applied(config)
+    assert (config.data, config.ways, measured.shots, config.seed) == (cell.table, cell.ways, cell.shots, 3)
+    assert config.meta_steps == 20_000 or (settings == "paper" and cell.row in ("maml", "reptile"))
     # A class has 20 images of characters.
-    assert cell.shots + config.queries * config.query_sets <= 20
+    assert config.shots + config.queries * config.query_sets <= (600 if cell.table == "mini-imagenet" else 20)
+
+
+def test_quoted_settings_are_those_of_their_own_papers():
+    def settings(table, row, ways, shots):
+        cell = Cell(table, row, ways, shots, Number(0, 0))
+        config = config_of(cell, "paper", 0, Overrides(root="somewhere"))
+        found = (config.inner, config.inner_lr, config.inner_steps, config.tasks, config.meta_steps, config.shots)
+        return (*found, protocol_of(cell, "paper", Protocol()).inner_steps)
+
+    # On the mean over five or twenty classes; the code of MAML has a sum.
+    assert settings("omniglot", "maml", 5, 5) == ("gradient", pytest.approx(5 * 0.4), 1, 32, 60_000, 5, 3)
+    assert settings("omniglot", "maml", 20, 1) == ("gradient", pytest.approx(20 * 0.1), 5, 16, 60_000, 1, 5)
+    assert settings("mini-imagenet", "maml", 5, 1) == ("gradient", pytest.approx(5 * 0.01), 5, 4, 60_000, 1, 10)
+    assert settings("omniglot", "reptile", 5, 1) == ("adam", 1e-3, 3, 10, 100_000, 15, 5)
+    assert settings("omniglot", "reptile", 20, 5) == ("adam", 4.6e-4, 12, 3, 200_000, 12, 97)
+    tuned = {
+        row: config_of(Cell("omniglot", row, 5, 1, Number(0, 0)), "tuned", 0, Overrides(root="somewhere"))
+        for row in ("maml", "reptile")
+    }
+    assert {row: (config.algorithm, config.lam, config.query_sets) for row, config in tuned.items()} == {
+        "maml": ("maml", 0.0, 4),
+        "reptile": ("reptile", 0.0, 1),
+    }
+    smaller = config_of(TABLES["omniglot"][-1], "paper", 0, Overrides(root="somewhere", tasks=2, curvature="hessian"))
+    assert (smaller.algorithm, smaller.tasks, smaller.curvature) == ("reptile", 2, "gauss-newton")
 
 
 def test_paper_settings_are_the_papers():

@@ -6,6 +6,7 @@ the meta-gradient. ``implicitlayers`` makes the system and pulls u back; what ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,17 @@ from applications.imaml.config import Config
 __all__ = ["PublishedCG", "UnguardedCG", "conjugate_gradients", "implicit"]
 
 
+# Curvature of H + lam that conjugate gradients accept, as a fraction of lam, which is what the pull alone gives. No
+# task's meta-gradient is then longer than its query gradient divided by this; with H positive semidefinite it is no
+# longer than its query gradient. The fraction must be below 1, where a task with H = 0 would be stopped before its
+# first step. At 1/10 a task may count for ten in the mean over the batch, and those that break down do; at 1/2 for
+# two. What smaller fractions let through is not worth having, since phi does not minimize the inner loss and H is
+# uncertain by more than lam: on a network after 400 meta-steps, with 5 steps, the mean over 32 tasks had a cosine of
+# 0.59, 0.83, 0.85 and 0.90 with that of 30 Gauss-Newton steps for fractions of 0, 1/10, 1/4 and 1/2. With 3 steps, 0
+# to 1/2 were all the same.
+_LEAST_CURVATURE = 0.5
+
+
 def implicit(config: Config) -> il.Implicit:
     """The derivative by the implicit function theorem.
 
@@ -26,7 +38,12 @@ def implicit(config: Config) -> il.Implicit:
     Returns:
         The adjoint.
     """
-    solvers = {"hessian-unguarded": UnguardedCG(config.cg_steps), "published": PublishedCG(config.lam, config.cg_steps)}
+    solvers: Mapping[str, il.LinearSolver] = {
+        # Of a learnt strength the initial one counts: the bound grows and falls with the strength.
+        "hessian": replace(conjugate_gradients(config), curvature_floor=_LEAST_CURVATURE * config.lam),
+        "hessian-unguarded": UnguardedCG(config.cg_steps),
+        "published": PublishedCG(config.lam, config.cg_steps),
+    }
     return il.Implicit(
         linear_solver=solvers.get(config.curvature, conjugate_gradients(config)),
         damping=config.damping,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from applications.imaml.config import Config, ConfigError, CurvatureName, DataName
+from applications.imaml.config import AlgorithmName, Config, ConfigError, CurvatureName, DataName, usual_lam
+from applications.imaml.evaluate import Protocol
+from applications.imaml.paper.quoted import QUOTED, QuotedName
 
-__all__ = ["TABLES", "Cell", "Number", "Overrides", "SettingsName", "TableName", "cells_of", "config_of"]
+__all__ = ["TABLES", "Cell", "Number", "Overrides", "SettingsName", "TableName", "cells_of", "config_of", "protocol_of"]
 
 TableName = Literal["omniglot", "mini-imagenet"]
-RowName = Literal["imaml-gd", "imaml-hf", "first-order"]
+RowName = Literal["imaml-gd", "imaml-hf", "first-order", QuotedName]
 SettingsName = Literal["tuned", "paper"]
 
 
@@ -41,7 +43,7 @@ class Cell:
         row: short name of the algorithm.
         ways: classes of a task.
         shots: support images of a class.
-        published: what the paper has there; for the first-order row, what it quotes for first-order MAML.
+        published: what the paper has there, or quotes: for the first-order row, of first-order MAML.
     """
 
     table: TableName
@@ -59,6 +61,11 @@ class Cell:
     def algorithm(self) -> str:
         """Its row's heading."""
         return _HEADINGS[self.row]
+
+    @property
+    def source(self) -> str:
+        """Heading of the row with the published numbers."""
+        return f"{self.algorithm}: the paper" if self.row in _OWN else f"{_QUOTED_AS[self.row]}, quoted by the paper"
 
     @property
     def name(self) -> str:
@@ -103,25 +110,40 @@ _HEADINGS: Mapping[RowName, str] = MappingProxyType(
         "imaml-gd": "iMAML, gradient descent",
         "imaml-hf": "iMAML, Hessian-free",
         "first-order": "first-order",
+        "maml": "MAML",
+        "reptile": "Reptile",
     }
+)
+
+_ALGORITHMS: Mapping[RowName, AlgorithmName] = MappingProxyType(
+    {"imaml-gd": "imaml", "imaml-hf": "imaml", "first-order": "fomaml", "maml": "maml", "reptile": "reptile"}
+)
+_OWN = ("imaml-gd", "imaml-hf")
+_QUOTED_AS: Mapping[RowName, str] = MappingProxyType(
+    {"first-order": "first-order MAML", "maml": "MAML", "reptile": "Reptile"}
 )
 
 _COLUMNS: Mapping[TableName, Sequence[tuple[int, int]]] = MappingProxyType(
     {"omniglot": ((5, 1), (5, 5), (20, 1), (20, 5)), "mini-imagenet": ((5, 1),)}
 )
 
-# Rajeswaran et al. 2019, tables 2 and 3, which quote first-order MAML from Nichol et al. 2018.
+# Rajeswaran et al. 2019, tables 2 and 3, which quote MAML from Finn et al. 2017, and first-order MAML and Reptile from
+# Nichol et al. 2018.
 _PUBLISHED: Mapping[TableName, Mapping[RowName, Sequence[tuple[float, float]]]] = MappingProxyType(
     {
         "omniglot": {
             "imaml-gd": ((99.16, 0.35), (99.67, 0.12), (94.46, 0.42), (98.69, 0.1)),
             "imaml-hf": ((99.50, 0.26), (99.74, 0.11), (96.18, 0.36), (99.14, 0.1)),
             "first-order": ((98.3, 0.5), (99.2, 0.2), (89.4, 0.5), (97.9, 0.1)),
+            "maml": ((98.7, 0.4), (99.9, 0.1), (95.8, 0.3), (98.9, 0.2)),
+            "reptile": ((97.68, 0.04), (99.48, 0.06), (89.43, 0.14), (97.12, 0.32)),
         },
         "mini-imagenet": {
             "imaml-gd": ((48.96, 1.84),),
             "imaml-hf": ((49.30, 1.88),),
             "first-order": ((48.07, 1.75),),
+            "maml": ((48.70, 1.84),),
+            "reptile": ((49.97, 0.32),),
         },
     }
 )
@@ -181,7 +203,8 @@ def config_of(cell: Cell, settings: SettingsName, seed: int, overrides: Override
 
     Args:
         cell: which.
-        settings: "tuned" for this application's defaults, with the budget of the paper; "paper" for what it says.
+        settings: "tuned" for this application's defaults, with the budget of the paper; "paper" for what it says, and
+            for MAML and Reptile what their own papers say.
         seed: of the run.
         overrides: what is different.
 
@@ -191,9 +214,9 @@ def config_of(cell: Cell, settings: SettingsName, seed: int, overrides: Override
     Raises:
         ConfigError: if they cannot be.
     """
-    mini, first_order = cell.table == "mini-imagenet", cell.row == "first-order"
+    mini, algorithm = cell.table == "mini-imagenet", _ALGORITHMS[cell.row]
     given = {name: value for name, value in vars(overrides).items() if value is not None}
-    if first_order:
+    if algorithm != "imaml":
         # It has no linear system.
         given.pop("curvature", None)
     if given.get("data") == "glyphs":
@@ -203,9 +226,9 @@ def config_of(cell: Cell, settings: SettingsName, seed: int, overrides: Override
         "ways": cell.ways,
         "shots": cell.shots,
         "queries": _MINI_IMAGENET_QUERIES if mini else cell.shots,
-        # Where there is one query image a class, others are there to be used.
-        "query_sets": 4 if settings == "tuned" and not mini and cell.shots == 1 else 1,
-        "algorithm": "fomaml" if first_order else "imaml",
+        # Where there is one query image a class, others are there to be used. Reptile doesn't look at them.
+        "query_sets": 4 if settings == "tuned" and not mini and cell.shots == 1 and cell.row != "reptile" else 1,
+        "algorithm": algorithm,
         "inner": "hessian-free" if cell.row == "imaml-hf" else "gradient",
         "meta_steps": _META_STEPS,
         "tasks": _MINI_IMAGENET_TASKS if mini else _TASKS,
@@ -215,11 +238,33 @@ def config_of(cell: Cell, settings: SettingsName, seed: int, overrides: Override
     return Config(**values | (_paper(cell) if settings == "paper" else _tuned(cell)) | given)
 
 
+def protocol_of(cell: Cell, settings: SettingsName, protocol: Protocol) -> Protocol:
+    """How a cell is evaluated.
+
+    Args:
+        cell: which.
+        settings: "tuned" or "paper".
+        protocol: of the table.
+
+    Returns:
+        The same; for MAML and Reptile as their papers have them, with their inner steps in evaluation, and as many
+        support images as the column says where training has more.
+    """
+    if settings == "paper" and (cell.row == "maml" or cell.row == "reptile"):
+        quoted = QUOTED[cell.table, cell.row, cell.ways, cell.shots]
+        return replace(protocol, inner_steps=quoted.test_steps, shots=cell.shots)
+    return protocol
+
+
 def _tuned(cell: Cell) -> dict[str, Any]:
+    if cell.row == "maml" or cell.row == "reptile":
+        return {"lam": usual_lam(cell.row)}
     return {"inner_steps": _NEWTON_STEPS, "cg_steps": 5} if cell.row == "imaml-hf" else {}
 
 
 def _paper(cell: Cell) -> dict[str, Any]:
+    if cell.row == "maml" or cell.row == "reptile":
+        return QUOTED[cell.table, cell.row, cell.ways, cell.shots].training(cell.row)
     mini = cell.table == "mini-imagenet"
     descent = 10 if mini else {5: 16, 20: 25}[cell.ways]
     return {

@@ -136,11 +136,17 @@ def paper_command(
         typer.Option(help="fill these only: a name such as 5way-1shot-imaml-hf, or a part of one; may be repeated"),
     ] = None,
     settings: Annotated[
-        SettingsName, typer.Option(help="tuned: this application's defaults; paper: what the paper states")
+        SettingsName,
+        typer.Option(
+            help="tuned: this application's defaults; paper: what the paper states, and MAML's and Reptile's own"
+        ),
     ] = Request.settings,
     seeds: Annotated[int, typer.Option(help="runs of each cell")] = Request.seeds,
-    meta_steps: Annotated[int | None, typer.Option(help="20,000 by default")] = None,
-    tasks: Annotated[int | None, typer.Option(help="of a meta-step; 32 by default, 4 with mini-imagenet")] = None,
+    meta_steps: Annotated[int | None, typer.Option(help="20,000 by default, and as published with paper")] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option(help="of a meta-step; 32 by default, 4 with mini-imagenet, and as published with paper"),
+    ] = None,
     query_sets: Annotated[int | None, typer.Option(help=help_of("query_sets"))] = None,
     curvature: Annotated[CurvatureName | None, typer.Option(help="of iMAML, in the place of the settings'")] = None,
     test_tasks: Annotated[int, typer.Option(help="tasks of an evaluation")] = Protocol.tasks,

@@ -30,6 +30,8 @@ class SeedResult:
         curvature: of the linear system.
         seconds: spent training.
         hardware: on which.
+        inner_steps: in training.
+        shots: support images of a class in training.
     """
 
     row: Mapping[str, Any]
@@ -39,6 +41,8 @@ class SeedResult:
     curvature: str
     seconds: float
     hardware: str
+    inner_steps: int
+    shots: int
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def as_markdown(table: str, settings: str, results: Sequence[CellResult], images
     for row in rows:
         found = [by_place.get((row, column)) for column in columns]
         lines.append(_line([f"{row}: ours", *("—" if one is None else _ours(one) for one in found)]))
-        whose = "first-order MAML, quoted by the paper" if row == "first-order" else f"{row}: the paper"
+        whose = next(result.cell.source for result in results if result.cell.algorithm == row)
         lines.append(_line([whose, *("" if one is None else str(one.cell.published) for one in found)]))
     details = [_details(result, seed) for result in results for seed in result.seeds]
     if details:
@@ -144,8 +148,8 @@ def _ours(result: CellResult) -> str:
 
 def _details(result: CellResult, seed: SeedResult) -> dict[str, Any]:
     row, inner = seed.row, seed.row["inner"]
-    step = f" of {row['inner_lr']:g}" if inner == "gradient" else ""
-    curvature = "" if row["algorithm"] == "fomaml" else f", {seed.curvature}"
+    step = f" of {row['inner_lr']:g}" if inner in ("gradient", "adam") else ""
+    curvature = f", {seed.curvature}" if row["algorithm"] == "imaml" else ""
     return {
         "cell": result.cell.name,
         "seed": row["training_seed"],
@@ -153,11 +157,22 @@ def _details(result: CellResult, seed: SeedResult) -> dict[str, Any]:
         "images": row["source"],
         "protocol": f"{row['split']}, {row['tasks']} tasks, {counted(row['queries'], 'query image')} a class, "
         f"batch norm {row['batch_norm']}, task seed {row['task_seed']}",
-        "inner problem": f"λ = {row['lam']:g}, {counted(row['inner_steps'], f'{inner} step')}{step}{curvature}",
+        "inner problem": f"λ = {row['lam']:g}, {counted(row['inner_steps'], f'{inner} step')}{step}{curvature}"
+        f"{_otherwise(seed)}",
         "budget": f"{counted(row['meta_step'], 'meta-step')} of {counted(seed.tasks, 'task')} with "
         f"{counted(seed.query_sets, 'query set')}, {seed.seconds / 60:.1f} minutes",
         "hardware": seed.hardware,
     }
+
+
+def _otherwise(seed: SeedResult) -> str:
+    """What training has otherwise than the evaluation."""
+    told = []
+    if seed.inner_steps != seed.row["inner_steps"]:
+        told.append(counted(seed.inner_steps, "step"))
+    if seed.shots != seed.row["shots"]:
+        told.append(counted(seed.shots, "support image") + " a class")
+    return f"; in training {', '.join(told)}" if told else ""
 
 
 def _line(cells: Any) -> str:

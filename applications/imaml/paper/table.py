@@ -15,7 +15,7 @@ from applications.imaml.checkpoint import write_atomically
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.device import use
 from applications.imaml.evaluate import REPORT, Protocol, evaluate
-from applications.imaml.paper.cells import Overrides, SettingsName, TableName, cells_of, config_of
+from applications.imaml.paper.cells import Overrides, SettingsName, TableName, cells_of, config_of, protocol_of
 from applications.imaml.paper.hardware import hardware
 from applications.imaml.paper.results import CellResult, SeedResult, as_json, as_markdown
 from applications.imaml.run_folder import CONFIG, RunError
@@ -96,7 +96,8 @@ def fill(request: Request, out: Path, told: Callable[[str], None]) -> tuple[bool
     for cell, config, folder in plan:
         before = results[cell.name]
         try:
-            seed = _done(config, folder, request.protocol) or _filled(config, folder, request, begun)
+            protocol = protocol_of(cell, request.settings, request.protocol)
+            seed = _done(config, folder, protocol) or _filled(config, folder, request, protocol, begun)
             if seed is None:
                 complete = False
                 break
@@ -117,10 +118,11 @@ def _kept(request: Request, out: Path) -> dict[str, list[SeedResult]]:
     asked = {cell.name for cell in cells_of(request.table, request.cells)}
     kept: dict[str, list[SeedResult]] = {}
     for cell in cells_of(request.table, ()):
+        protocol = protocol_of(cell, request.settings, request.protocol)
         for seed in count(request.seeds if cell.name in asked else 0):
             folder = out / cell.name / f"seed-{seed}"
             config = config_of(cell, request.settings, seed, request.overrides)
-            found = None if _differing(config, folder) else _done(config, folder, request.protocol)
+            found = None if _differing(config, folder) else _done(config, folder, protocol)
             if found is None:
                 break
             kept.setdefault(cell.name, []).append(found)
@@ -139,7 +141,7 @@ def _tabled(
     return tabled
 
 
-def _filled(config: Config, folder: Path, request: Request, begun: float) -> SeedResult | None:
+def _filled(config: Config, folder: Path, request: Request, protocol: Protocol, begun: float) -> SeedResult | None:
     """Train to the end and evaluate; None if training was stopped before."""
     left = None if request.seconds is None else request.seconds - (time.monotonic() - begun)
     if left is not None and left <= 0:
@@ -147,7 +149,7 @@ def _filled(config: Config, folder: Path, request: Request, begun: float) -> See
     done = train(config, folder, Limits(left, request.quiet), resume=(folder / CONFIG).exists())
     if done < config.meta_steps:
         return None
-    evaluation = evaluate(config, folder, request.protocol)
+    evaluation = evaluate(config, folder, protocol)
     evaluation.save(folder / REPORT)
     result = SeedResult(
         row=evaluation.row(),
@@ -157,8 +159,10 @@ def _filled(config: Config, folder: Path, request: Request, begun: float) -> See
         curvature=config.curvature,
         seconds=checkpoint.load(folder).numbers["trained_seconds"],
         hardware=hardware(use(config)),
+        inner_steps=config.inner_steps,
+        shots=config.shots,
     )
-    content = {"protocol": asdict(request.protocol), "result": asdict(result)}
+    content = {"protocol": asdict(protocol), "result": asdict(result)}
     write_atomically(folder / DONE, (json.dumps(content, indent=2) + "\n").encode())
     return result
 
