@@ -17,6 +17,9 @@ from tests.testing.correct import CORRECT
 from tests.testing.planted import PLANTED, run
 from tests.testing.study import study
 
+KEPT = Path(__file__).with_name("correct.jsonl")
+"""What has been counted so far."""
+
 
 def planted(examples: int) -> int:
     """Print at which example each of the planted bugs is caught; return how many are not."""
@@ -67,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.testing", description=__doc__)
     parser.add_argument("what", choices=["study", "planted", "correct"])
     parser.add_argument("--examples", type=int, default=None, help="examples a layer (100 planted, 1000 correct)")
-    parser.add_argument("--results", type=Path, default=Path("correct.jsonl"), help="what is done; goes on from there")
+    parser.add_argument("--results", type=Path, default=KEPT, help="what is done; goes on from there")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long; 0 prints the table")
     parser.add_argument("--match", default="", help="only right layers whose name contains this")
     parser.add_argument("--part", type=fraction, default=(1, 1), help="K/N: every N-th layer, for N processes at once")

@@ -1,8 +1,12 @@
 """The count of examples goes on from its file, and says what it found."""
 
+from pathlib import Path
+
 from implicitlayers.testing import Checked, GradientMismatch, GradientReport, InconclusiveGradients
 from implicitlayers.testing.report import Comparison
+from tests.testing.__main__ import KEPT
 from tests.testing.campaign import Count, compact, counts, go_on, table
+from tests.testing.correct import CORRECT
 
 
 def _raises(kind):
@@ -47,3 +51,10 @@ def test_it_goes_on_after_an_interruption(tmp_path):
     compact(results)
     assert counts(results) == done
     assert len(results.read_text().splitlines()) == 1
+
+
+def test_the_documents_have_the_count_that_is_kept():
+    names = {name for layers in CORRECT.values() for name in layers}
+    assert counts(KEPT).keys() <= names
+    document = (Path(__file__).parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
+    assert [row for row in table(CORRECT, KEPT, 1000) if row not in document] == []
