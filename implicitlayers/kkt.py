@@ -231,8 +231,12 @@ class Saddle(NamedTuple):
         """Factorize; H is ``[n, n]``, and what is not H has entries of order one or less."""
         sign = torch.ones(K.shape[-1], dtype=K.dtype, device=K.device)
         sign[n:] = -1
-        LU, pivots, _ = torch.linalg.lu_factor_ex(K + torch.finfo(K.dtype).eps ** 0.75 * torch.diag(sign))
-        return cls(K, LU, pivots)
+        eps = torch.finfo(K.dtype).eps
+        LU, pivots, _ = torch.linalg.lu_factor_ex(K + eps**0.75 * torch.diag(sign))
+        # Beside weights of 1/ε what is of order one, δ as well, is lost, and a pivot may come out as zero: any of the
+        # size of the rounding will do in its place.
+        lost = eps * K.abs().amax((-2, -1), keepdim=True) * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+        return cls(K, torch.where((LU == 0) & (lost > 0), lost, LU), pivots)
 
     def solve(self, rhs: Tensor, rounds: int) -> Tensor:
         """Solve K y = rhs, ``[*lanes, n + k]``, with so many rounds of refinement."""

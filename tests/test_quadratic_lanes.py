@@ -7,6 +7,7 @@ import torch
 from torch.func import grad, jacfwd, jacrev, vmap
 
 import implicitlayers as il
+from implicitlayers.kkt import Saddle
 from tests.helpers.problems import F64, each, normal
 from tests.helpers.programs import PROGRAM, M, N, P, active_set_solution, assert_near, layer, random_program
 
@@ -173,3 +174,10 @@ MISUSES = {
 def test_calls_that_cannot_mean_what_they_say(change, words):
     with pytest.raises(il.MisuseError, match="(?s)" + ".*".join(map(re.escape, words))):
         il.quadratic_program(**{"Q": Q2, "q": ZERO, **change})
+
+
+def test_a_pivot_that_is_lost_beside_large_weights_does_not_break_the_solve():
+    # 2⁵⁶ + 1 is 2⁵⁶: the second pivot is zero to the last bit.
+    rows = torch.full((2, 2), 2.0**56, dtype=F64) + torch.eye(2, dtype=F64)
+    x = Saddle.factor(rows, 2).solve(torch.ones(2, dtype=F64), 1)
+    assert_near(x.sum(), torch.tensor(2.0**-56, dtype=F64), 1e-20)

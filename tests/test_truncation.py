@@ -100,9 +100,9 @@ def test_broyden_steps_from_the_solution_keep_the_curvature_that_they_have():
     ]
     assert errors[0] < 1e-9
     assert errors[1] < 1e-5
-    # The known limit of the docstring: 0.8 after one step, and still 0.02 after eighty.
+    # The known limit of the docstring: 0.8 after one step; after eighty 0.02 on one machine, and rounding on another.
     assert 0.1 < errors[2] < 1
-    assert 1e-3 < errors[3] < errors[2] / 10
+    assert errors[3] < errors[2] / 10
 
 
 @pytest.mark.parametrize("last", [1, 3])

@@ -28,9 +28,10 @@ from tests.helpers.few_shot import (
     tiny_problem,
 )
 
-TIGHT = {"inner": "lbfgs", "inner_steps": 400, "cg_steps": 60, "curvature": "hessian"}
-NEWTON = {"inner": "hessian-free", "inner_steps": 60, "cg_steps": 60, "curvature": "hessian"}
-DESCENT = {"inner_steps": 600, "inner_lr": 0.8, "cg_steps": 60, "curvature": "hessian"}
+# The floor of "hessian" would change the derivative where the curvature of a solved task is small, but positive.
+TIGHT = {"inner": "lbfgs", "inner_steps": 400, "cg_steps": 60, "curvature": "hessian-unguarded"}
+NEWTON = {"inner": "hessian-free", "inner_steps": 60, "cg_steps": 60, "curvature": "hessian-unguarded"}
+DESCENT = {"inner_steps": 600, "inner_lr": 0.8, "cg_steps": 60, "curvature": "hessian-unguarded"}
 # An odd number of steps, so that a cut divides the path unevenly.
 STEPS, LR = 5, 0.5
 PATH = {"inner_steps": STEPS, "inner_lr": LR}
@@ -209,15 +210,17 @@ def test_imaml_gradient_knows_nothing_of_the_solver(problem, inner, lr, steps, n
     assert (gradient - expected).norm() < near * expected.norm()
 
 
-@pytest.mark.parametrize("cg_steps", [4, 8, 12, 16])
+@pytest.mark.parametrize("cg_steps", [4, 8, 12])
 def test_certificate_bounds_the_error_of_imaml_in_every_task(problem, cg_steps):
     theta, tasks = problem
+    # A pull so strong that no task is stopped.
+    how = TIGHT | {"curvature": "hessian", "lam": 2.0}
     for index in range(TASKS):
         alone = Tasks(*(part[index : index + 1] for part in tasks))
-        exact = meta_gradient(theta, alone, **TIGHT).gradient
-        outcome, gradient, _ = meta_gradient(theta, alone, **(TIGHT | {"cg_steps": cg_steps}))
+        exact = meta_gradient(theta, alone, **how).gradient
+        outcome, gradient, _ = meta_gradient(theta, alone, **(how | {"cg_steps": cg_steps}))
         error = ((gradient - exact).norm() / gradient.norm()).item()
-        # Measured: 1.0 to 5 times the error, from 9e-2 after 4 steps down to 1e-10 after 16.
+        # Measured: 1.7 to 3.5 times the error, from 2e-3 after 4 steps down to 1e-10 after 12.
         assert 0 < error <= outcome.solution.adjoint.error_estimate.item() < 8 * error
 
 

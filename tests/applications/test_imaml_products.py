@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from applications.imaml import episodes, networks, train
-from applications.imaml.algorithms import accuracy, adapt, meta_loss, query_logits
+from applications.imaml.algorithms import adapt, meta_loss, query_logits
 from applications.imaml.config import Config, ConfigError
 from applications.imaml.convolution import convolve
+from applications.imaml.criterion import CLASSIFICATION
 from applications.imaml.device import in_float32, use
 from applications.imaml.episodes import Tasks, TaskSampler, generator_for, load_splits
 from applications.imaml.evaluate import Protocol, evaluate
@@ -189,7 +190,7 @@ def test_accuracies_are_measured_in_single_precision(run, characters, monkeypatc
             (run.parent / "other" / file.name).write_bytes(file.read_bytes())
     (run.parent / "other" / "config.json").write_text(json.dumps(learner_of))
     assert Learner.load(run.parent / "other", device="cpu").config.precision == "float32"
-    monkeypatch.setattr("applications.imaml.evaluate.load_splits", lambda *_: {"test": characters})
+    monkeypatch.setattr("applications.imaml.families.load_splits", lambda *_: {"test": characters})
     monkeypatch.setattr("applications.imaml.evaluate.check_same_data", lambda *_: None)
     rows = [evaluate(replace(config, precision=p), run, Protocol(tasks=4)).row() for p in ("float32", "tf32", "bf16")]
     assert rows[0] == rows[1] == rows[2]
@@ -206,7 +207,8 @@ def test_validation_is_in_single_precision(tmp_path, monkeypatch):
     def judge(task, precision):
         how = replace(config, precision=precision)
         phi = adapt(network.theta, task, how).value
-        return accuracy(query_logits(phi, task, how.batch_norm, how=Products.of(how)), task.query_labels)
+        logits = query_logits(phi, task, how.batch_norm, how=Products.of(how))
+        return CLASSIFICATION.scores(logits, task.query_labels).mean()
 
     single, half = (torch.vmap(partial(judge, precision=p))(tasks).mean().item() for p in ("float32", "bf16"))
     (found,) = read_metrics(tmp_path / "run" / "metrics.csv")["validation_accuracy"]
