@@ -66,8 +66,8 @@ class Quotients(NamedTuple):
 
     def part(self, which: slice) -> Quotients:
         """Some of the numbers."""
-        some = (t[which] for t in (self.expected, self.floor, self.scale))
-        return Quotients(*some, self.natural, self.size[which])
+        expected, floor, scale, size = (t[which] for t in (self.expected, self.floor, self.scale, self.size))
+        return Quotients(expected, floor, scale, self.natural, size)
 
     def hidden(self, tol: float) -> Tensor:
         """Which are so much smaller than what is natural that any other number of their size would be tolerated."""
