@@ -281,7 +281,8 @@ class Comparing:
         if verdict != "agree":
             again = oracle(SECOND_OPINION)
             second, at = judge(found, again, self.tol)
-            if second == "agree":
+            # What longer steps saw to be wrong is not right for being lost in the noise of shorter ones.
+            if second == "agree" and not bool(q.contradicted(found, self.tol).any()):
                 verdict, k, q = second, at, again
             elif verdict == "disagree" and second != "disagree":
                 verdict, reason = "inconclusive", "Two quotients with different steps contradict each other. "
