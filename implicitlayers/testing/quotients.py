@@ -161,11 +161,15 @@ def quotients(
     values = found.derivative[:-2]
     scale = [torch.full_like(value, largest([value.nan_to_num()])) for value in values]
     squares = torch.stack([(v * w.double()).square().sum().cpu() for v, w in zip(values, weights, strict=True)])
-    natural = largest([value.nan_to_num() for value in found.here.leaves]) / reach(x, d)
+    expected, error = flat(found.derivative), flat(found.error)
+    size = largest([value.nan_to_num() for value in found.here.leaves])
+    if not size and not bool((expected.abs() > CERTAIN * error).any()):
+        # At a minimum of zero, x² at 0, neither the value nor the slope says what a slope would amount to.
+        size = found.largest
+    natural = size / reach(x, d)
     limits = torch.finfo(setting.dtype)
     own = flat([*scale, squares.sqrt(), squares.sum().sqrt()])
     sizes = own.clamp_min(negligible(limits.eps, setting.tol) * natural + limits.tiny / limits.eps / setting.tol)
-    expected, error = flat(found.derivative), flat(found.error)
     # A value that is zero all along the line may be what is left of numbers as large as x.
     nothing = (expected == 0) & (error == 0)
     sizes = torch.where(nothing, sizes.clamp_min(limits.eps * largest(x) / reach(x, d) / setting.tol), sizes)

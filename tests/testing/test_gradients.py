@@ -250,6 +250,25 @@ def test_a_lost_derivative_behind_any_large_part_is_not_right(dtype, parts):
         assert "large constant part" in str(lost)
 
 
+FLAT_AT_ZERO = [
+    torch.square, torch.var, torch.prod, lambda x: x**3, lambda x: 1 - x.cos(), lambda x: torch.outer(x, x)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("layer", FLAT_AT_ZERO)
+def test_a_gradient_of_zero_where_the_value_is_zero_is_right(layer, dtype):
+    assert compare_gradients(layer, torch.zeros(3, dtype=dtype)).agrees
+
+
+def test_a_gradient_that_is_not_zero_where_the_value_is_disagrees():
+    def wrong(x):
+        return x.detach() ** 2 + 1e-3 * (x - x.detach())
+
+    report = compare_gradients(wrong, torch.zeros(3, dtype=F64), modes=("reverse",))
+    assert report.verdict == "disagree"
+
+
 def test_an_output_is_seen_beside_a_much_larger_one():
     x = torch.tensor([1.5e-3, -3e-4])
     assert compare_gradients(lambda x: {"small": x.sum(), "large": 1e6 * x}, x).agrees
