@@ -11,7 +11,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from implicitlayers.testing import metamorphic, patterns
-from implicitlayers.testing.compare import Mode
+from implicitlayers.testing.compare import Mode, functional
 from implicitlayers.testing.gradients import MODES, compare, expect_tolerance, tolerance
 from implicitlayers.testing.report import Comparison, GradientMismatch, GradientReport, InconclusiveGradients, combined
 from implicitlayers.testing.strategies.tensors import expect_strategy
@@ -177,7 +177,8 @@ def examine(
     if subject.is_random(tol):
         # What is true of every layer is true of functions; this draws random numbers.
         return report
-    return combined([report, GradientReport(tuple(_properties(subject, order, modes, tol, batched, seed)))])
+    properties = tuple(_properties(subject, order, modes, tol, batched, seed))
+    return GradientReport(functional(subject, (*report.comparisons, *properties), tol))
 
 
 def _properties(

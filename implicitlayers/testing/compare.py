@@ -18,7 +18,7 @@ from implicitlayers.testing.subject import Subject
 from implicitlayers.testing.vectors import flat, generator, largest, normal_like
 from implicitlayers.testing.worst_entry import worst_entry
 
-__all__ = ["Comparing", "Mode"]
+__all__ = ["Comparing", "Mode", "functional"]
 
 Mode = Literal["reverse", "forward", "vmap"]
 
@@ -57,9 +57,7 @@ class Comparing:
     def run(self, modes: Sequence[Mode], order: int) -> tuple[Comparison, ...]:
         """Everything asked for."""
         if self.subject.is_random(self.tol):
-            difference, size = self.subject.scatter
-            reason = f"They differ by {difference:.1e}, and are of size {size:.1e}. {RANDOM}"
-            return (Comparison("values, recorded", "the same without the tape", "inconclusive", reason=reason),)
+            return (draws(self.subject.scatter),)
         if "vmap" in modes:
             # What is mapped is the gradient by the tape.
             modes = (*modes, "reverse")
@@ -68,7 +66,7 @@ class Comparing:
         fast = any(c.what == MAPPED and c.verdict == "agree" for c in found)
         comparing = replace(self, mapping=fast and sum(leaf.numel() for leaf in self.x) <= SMALL)
         found = [*comparing.firsts(modes), *(comparing.seconds(modes) if order == 2 else []), *found]
-        return tuple(found)
+        return functional(self.subject, found, self.tol)
 
     @functools.cached_property
     def x(self) -> Vector:
@@ -281,7 +279,8 @@ class Comparing:
         if verdict != "agree":
             again = oracle(SECOND_OPINION)
             second, at = judge(found, again, self.tol)
-            if second == "agree":
+            # What longer steps saw to be wrong is not right for being lost in the noise of shorter ones.
+            if second == "agree" and not bool(q.contradicted(found, self.tol).any()):
                 verdict, k, q = second, at, again
             elif verdict == "disagree" and second != "disagree":
                 verdict, reason = "inconclusive", "Two quotients with different steps contradict each other. "
@@ -307,3 +306,19 @@ class Comparing:
         if all(g is None for g in gradients):
             return replace(at_entry, reason="No gradient reaches this input.")
         return self.hinted(at_entry)
+
+
+def functional(subject: Subject, found: Sequence[Comparison], tol: float) -> tuple[Comparison, ...]:
+    """What was found, or, where something is wrong, that the layer is no function: it may have drawn the same twice."""
+    if any(c.is_wrong for c in found):
+        scatter = subject.scatter_again()
+        if subject.is_random(tol, scatter):
+            return (draws(scatter),)
+    return tuple(found)
+
+
+def draws(scatter: tuple[float, float]) -> Comparison:
+    """That two evaluations differ."""
+    difference, size = scatter
+    reason = f"They differ by {difference:.1e}, and are of size {size:.1e}. {RANDOM}"
+    return Comparison("values, evaluated again", "those of before", "inconclusive", reason=reason)

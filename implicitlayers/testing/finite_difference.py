@@ -45,11 +45,13 @@ class Quotient(NamedTuple):
         derivative: a float64 tensor for each leaf of f(x).
         error: likewise, its estimate.
         here: f(x).
+        largest: of all values that were looked at.
     """
 
     derivative: list[Tensor]
     error: list[Tensor]
     here: Floating
+    largest: float
 
 
 def finite_difference(
@@ -127,7 +129,8 @@ def differentiate(
         pieces = _split(vector, line.shapes)
         return [piece.to(leaf.device) for piece, leaf in zip(pieces, here.leaves, strict=True)]
 
-    return Quotient(like_here(derivative), like_here(error), here)
+    values = torch.stack([*line.known.values()]).nan_to_num(posinf=0.0, neginf=0.0)
+    return Quotient(like_here(derivative), like_here(error), here, largest([values]))
 
 
 def reach(x: Sequence[Tensor], direction: Sequence[Tensor]) -> float:

@@ -87,4 +87,4 @@ def _exact(expected: Vector, least: float, natural: float) -> tuple[Quotients, l
     scale = flat([torch.full_like(lane, largest([lane.nan_to_num()])) for lane in each])
     scale = scale.clamp_min(least * max(float(scale.max()), natural))
     truth = flat(expected)
-    return Quotients(truth, torch.zeros_like(truth), scale, 0.0, scale), [lane.shape for lane in each]
+    return Quotients.exact(truth, scale), [lane.shape for lane in each]

@@ -54,7 +54,7 @@ def equal(
     a, b, s = flat(found), flat(expected), flat(sizes)
     if not len(b) and not len(a):
         return Comparison(what, oracle, "agree", "nothing to compare")
-    verdict, k = judge(a, Quotients(b, torch.zeros_like(b), s, 0.0, s), tol)
+    verdict, k = judge(a, Quotients.exact(b, s), tol)
     return Comparison(what, oracle, verdict, f"entry {k}", float(a[k]), float(b[k]), 0.0, tol * float(s[k]))
 
 

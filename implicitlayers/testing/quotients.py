@@ -56,6 +56,9 @@ class Quotients(NamedTuple):
         natural: size of a derivative by which the value would change as much as its own size when the input does. A
             derivative that is zero is told from others by this.
         size: what they amount to without regard to `natural`: where they are negligible beside it, `scale` is more.
+        error: their error estimates, without the layer's own error.
+        visible: size below which a derivative is not told from zero: by the quotients, or by the layer, of whose value
+            it does not change the last place.
     """
 
     expected: Tensor
@@ -63,15 +66,31 @@ class Quotients(NamedTuple):
     scale: Tensor
     natural: float
     size: Tensor
+    error: Tensor
+    visible: Tensor
+
+    @classmethod
+    def exact(cls, numbers: Tensor, scale: Tensor) -> Quotients:
+        """Known numbers, of a scale each, as quotients without an error."""
+        zero = torch.zeros_like(numbers)
+        return cls(numbers, zero, scale, 0.0, scale, zero, zero)
 
     def part(self, which: slice) -> Quotients:
         """Some of the numbers."""
         expected, floor, scale, size = (t[which] for t in (self.expected, self.floor, self.scale, self.size))
-        return Quotients(expected, floor, scale, self.natural, size)
+        return Quotients(expected, floor, scale, self.natural, size, self.error[which], self.visible[which])
 
     def hidden(self, tol: float) -> Tensor:
         """Which are so much smaller than what is natural that any other number of their size would be tolerated."""
-        return (tol * self.scale >= self.size) & (self.size > CERTAIN * self.floor)
+        return (tol * self.scale >= self.size) & (self.size > self.visible)
+
+    def contradicted(self, found: Tensor, tol: float) -> Tensor:
+        """Which are hidden, and seen to be other numbers than the layer's."""
+        return self.hidden(tol) & ((found - self.expected).abs() > tol * self.size + self.error)
+
+    def missed(self, found: Tensor, tol: float) -> Tensor:
+        """Which are hidden, and not seen to agree by their own size."""
+        return self.contradicted(found, tol) | (self.hidden(tol) & (self.error > tol * self.size))
 
     def blurred(self, error: float) -> Quotients:
         """The same for a layer that is itself only good to so much."""
@@ -142,15 +161,22 @@ def quotients(
     values = found.derivative[:-2]
     scale = [torch.full_like(value, largest([value.nan_to_num()])) for value in values]
     squares = torch.stack([(v * w.double()).square().sum().cpu() for v, w in zip(values, weights, strict=True)])
-    natural = largest([value.nan_to_num() for value in found.here.leaves]) / reach(x, d)
+    expected, error = flat(found.derivative), flat(found.error)
+    size = largest([value.nan_to_num() for value in found.here.leaves])
+    if not size and not bool((expected.abs() > CERTAIN * error).any()):
+        # At a minimum of zero, x² at 0, neither the value nor the slope says what a slope would amount to.
+        size = found.largest
+    natural = size / reach(x, d)
     limits = torch.finfo(setting.dtype)
     own = flat([*scale, squares.sqrt(), squares.sum().sqrt()])
     sizes = own.clamp_min(negligible(limits.eps, setting.tol) * natural + limits.tiny / limits.eps / setting.tol)
-    expected, error = flat(found.derivative), flat(found.error)
     # A value that is zero all along the line may be what is left of numbers as large as x.
     nothing = (expected == 0) & (error == 0)
     sizes = torch.where(nothing, sizes.clamp_min(limits.eps * largest(x) / reach(x, d) / setting.tol), sizes)
-    return Quotients(expected, error, sizes, natural, own)
+    last = [limits.eps * largest([value.nan_to_num()]) / reach(x, d) for value in found.here.leaves[:-2]]
+    lasts = [torch.full_like(value, place) for value, place in zip(values, last, strict=True)]
+    visible = torch.fmax(CERTAIN * error, flat([*lasts, error.new_tensor([*last, max(last)])]))
+    return Quotients(expected, error, sizes, natural, own, error, visible)
 
 
 def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:

@@ -180,8 +180,7 @@ def judge(found: Tensor, oracle: Quotients, tol: float) -> tuple[Verdict, int]:
     resolved = floor <= tol * scale.clamp_min(natural)
     agreed = resolved & (difference <= allowed + floor)
     # What is hidden agrees as any other number of its size would, unless it is seen to agree by its own size.
-    own = tol * oracle.size
-    agreed &= ~oracle.hidden(tol) | ((floor <= own) & (difference <= own + floor))
+    agreed &= ~oracle.missed(found, tol)
     if bool(wrong.any()):
         excess = torch.where(wrong, difference / (allowed + floor).clamp_min(1e-300), -1.0)
         return "disagree", int(excess.nan_to_num(nan=-1.0, posinf=torch.inf).argmax())

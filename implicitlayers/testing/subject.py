@@ -28,6 +28,9 @@ __all__ = ["Subject", "copied"]
 LANES = (1.0, 1.0 + 1 / 32)
 """What the inputs are multiplied by to make lanes of them: positive definite, sparse or symmetric stays what it is."""
 
+AGAIN = 16
+"""How often a layer is evaluated anew before its numbers count as those of a function, and as wrong."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -93,17 +96,26 @@ class Subject:
 
         Of a layer that draws random numbers the one is as large as the other.
         """
+        return self.apart(lambda: self.recorded.values)
+
+    def scatter_again(self) -> tuple[float, float]:
+        """The same of several more evaluations, where two may have been equal by chance."""
+        again = [self.apart(lambda: self.at(self.leaves)) for _ in range(AGAIN)]
+        return max(again, key=relative)
+
+    def apart(self, evaluated: Callable[[], Leaves]) -> tuple[float, float]:
+        """How far another evaluation is from the first, and the size of the values."""
         try:
-            pairs = zip(self.here.leaves, self.recorded.values, strict=True)
+            with torch.no_grad():
+                pairs = [*zip(self.here.leaves, evaluated(), strict=True)]
         except Exception:  # It says what it raises where it is asked for a gradient.
             return 0.0, 1.0
         both = [[t.double().nan_to_num() for t in pair] for pair in pairs]
-        found = [(largest([a - b]), max(largest([a]), largest([b]))) for a, b in both]
-        return max(found, key=lambda numbers: numbers[0] / max(numbers[1], 1e-300))
+        return max(((largest([a - b]), max(largest([a]), largest([b]))) for a, b in both), key=relative)
 
-    def is_random(self, tol: float) -> bool:
+    def is_random(self, tol: float, scatter: tuple[float, float] | None = None) -> bool:
         """Whether its values change between two evaluations by more than rounding and what is negligible."""
-        difference, size = self.scatter
+        difference, size = self.scatter if scatter is None else scatter
         least = negligible(resolution([*self.leaves, *self.here.leaves]), tol)
         return difference > tol * max(size, least * max(self.natural(0), largest(self.leaves)))
 
@@ -271,6 +283,11 @@ class Subject:
         with torch.enable_grad():
             given = [fresh(leaf) for leaf in lanes]
             return pulled([pair(self.vmapped_reverse(given, v, record=True), w)], given, None)
+
+
+def relative(scatter: tuple[float, float]) -> float:
+    """A difference over the size of what differs."""
+    return scatter[0] / max(scatter[1], 1e-300)
 
 
 def own(t: Tensor) -> Tensor:

@@ -199,9 +199,10 @@ def test_what_cannot_be_called_is_told():
         compare_gradients(B, B)
 
 
-def _judge(found, expected, floor, scale=1.0, natural=1.0, size=1.0, tol=1e-6):
-    found, expected, floor, scale, size = (torch.tensor([t], dtype=F64) for t in (found, expected, floor, scale, size))
-    return judge(found, Quotients(expected, floor, scale, natural, size), tol)[0]
+def _judge(found, expected, floor, scale=1.0, natural=1.0, size=1.0, tol=1e-6, error=None):
+    numbers = (found, expected, floor, scale, size, floor if error is None else error)
+    found, expected, floor, scale, size, error = (torch.tensor([t], dtype=F64) for t in numbers)
+    return judge(found, Quotients(expected, floor, scale, natural, size, error, 10 * error), tol)[0]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,42 @@ def test_what_any_number_would_pass_for_is_inconclusive():
     assert _judge(1.0, 1.0, 1e-5, scale=1e7, natural=1e10) == "inconclusive"
     # Nothing is seen of it.
     assert _judge(2.0, 1.0, 0.5, scale=1e7, natural=1e10) == "agree"
+    # The layer is coarse, but not the quotients.
+    assert _judge(2.0, 1.0, 0.5, scale=1e7, natural=1e10, error=1e-7) == "inconclusive"
+    assert _judge(1.0, 1.0, 0.5, scale=1e7, natural=1e10, error=1e-7) == "agree"
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.float32, (1e5, 1e6)), (F64, (1e10, 1e12))])
+def test_a_lost_derivative_behind_any_large_part_is_not_right(dtype, parts):
+    x = torch.tensor([0.7, -1.3], dtype=dtype)
+    for part in parts:
+        lost = compare_gradients(lambda x, c=part: c + x.detach() + 0 * x, x, modes=("reverse",))
+        assert lost.verdict == "inconclusive", part
+        assert "large constant part" in str(lost)
+
+
+FLAT_AT_ZERO = [
+    torch.square, torch.var, torch.prod, lambda x: x**3, lambda x: 1 - x.cos(), lambda x: torch.outer(x, x)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("layer", FLAT_AT_ZERO)
+def test_a_gradient_of_zero_where_the_value_is_zero_is_right(layer, dtype):
+    assert compare_gradients(layer, torch.zeros(3, dtype=dtype)).agrees
+
+
+def test_a_gradient_that_is_not_zero_where_the_value_is_disagrees():
+    def wrong(x):
+        return x.detach() ** 2 + 1e-3 * (x - x.detach())
+
+    report = compare_gradients(wrong, torch.zeros(3, dtype=F64), modes=("reverse",))
+    assert report.verdict == "disagree"
+
+
+def test_an_output_is_seen_beside_a_much_larger_one():
+    x = torch.tensor([1.5e-3, -3e-4])
+    assert compare_gradients(lambda x: {"small": x.sum(), "large": 1e6 * x}, x).agrees
 
 
 @pytest.mark.parametrize("factor", [1, 2])

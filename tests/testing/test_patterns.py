@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from implicitlayers.testing import GradientMismatch, InconclusiveGradients, check_layer, compare_gradients, strategies
+from implicitlayers.testing.checks import examine
 
 F64 = torch.float64
 PAIRS: Any = strategies.tensors((2,)).flatmap(lambda a: strategies.tensors((2,)).map(lambda b: (a, b)))
@@ -164,6 +165,15 @@ def test_a_random_layer_is_told_to_seed_itself_not_to_solve_more_tightly():
 def test_the_properties_do_not_blame_a_random_layer():
     with pytest.raises(InconclusiveGradients, match="random numbers"):
         check_layer(noisy, strategies.tensors((2,)).filter(lambda x: bool(x.all())), **TAPE)
+
+
+def test_a_layer_that_draws_the_same_twice_is_not_blamed_either():
+    x, layer = torch.tensor([0.5, 1.0], dtype=F64), torch.nn.Dropout(0.3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reports = [examine(layer, (x,), modes=("reverse", "forward")) for _ in range(20)]
+    assert "disagree" not in {report.verdict for report in reports}
+    assert any("evaluated again" in str(report) for report in reports)
 
 
 # --- second derivatives ---------------------------------------------------------------------------
