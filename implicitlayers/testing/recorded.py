@@ -71,4 +71,9 @@ def pulled(
             ends, asked, cotangents, create_graph=record, retain_graph=record or retain, allow_unused=True
         )
     )
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+    return [dense(next(found)) if leaf.requires_grad else None for leaf in leaves]
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """The same in a full tensor: the gradient of an embedding may be sparse."""
+    return t if t is None or t.layout == torch.strided else t.to_dense()

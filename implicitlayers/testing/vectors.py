@@ -50,6 +50,12 @@ class Floating:
                     f"{what}{path} is complex, and directional derivatives are taken of real tensors; let the layer "
                     "take and return torch.view_as_real(...) of it."
                 )
+            if leaf.layout != torch.strided:
+                raise TypeError(
+                    f"{what}{path} is sparse ({leaf.layout}), and directional derivatives are taken of full tensors: "
+                    "let the layer take and return its values(), or .to_dense(). A sparse constant is left alone where "
+                    "those inputs require a gradient that are to be tested."
+                )
         if not found:
             raise TypeError(f"{what} holds no floating tensor ({tree!r}), so it has no derivative; pass at least one.")
         where, paths, leaves = (list(column) for column in zip(*found, strict=True))
@@ -108,7 +114,7 @@ def generator(seed: int) -> torch.Generator:
 
 def seed_of(tree: Any) -> int:
     """A seed that follows from the numbers of a tree, so that an example keeps its own while others come and go."""
-    numbers = [t.detach().tolist() for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    numbers = [t.detach().to_dense().tolist() for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
     return zlib.crc32(repr(numbers).encode())
 
 

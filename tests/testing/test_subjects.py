@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 import implicitlayers as il
 from implicitlayers.testing import assert_gradients_match, check_layer, compare_gradients, strategies
+from implicitlayers.testing.checks import examine
 
 F32, F64 = torch.float32, torch.float64
 BACKWARD: dict[str, Any] = {"modes": ("reverse",)}
@@ -143,3 +144,20 @@ def test_complex_constants_are_let_through():
     assert assert_gradients_match(layer, vector(1.0, 2.0).requires_grad_(), c).agrees
     with pytest.raises(TypeError, match=r"input.*\[1\] is complex"):
         compare_gradients(layer, vector(1.0, 2.0), c)
+
+
+# --- layouts ---------------------------------------------------------------------------------------
+
+
+def test_a_sparse_gradient_is_a_gradient():
+    layer = nn.Embedding(4, 2, sparse=True, dtype=F64)
+    assert examine(layer, (torch.tensor([0, 2, 2]),), modes=("reverse",)).agrees
+
+
+def test_a_sparse_input_is_a_constant_or_told():
+    A, x = torch.eye(3, dtype=F64).to_sparse(), torch.tensor([[1.0], [2.0], [-1.0]], dtype=F64)
+    assert examine(torch.matmul, (A, x.requires_grad_()), modes=("reverse",)).agrees
+    with pytest.raises(TypeError, match="is sparse"):
+        compare_gradients(torch.matmul, A, x.detach())
+    with pytest.raises(TypeError, match="output is sparse"):
+        compare_gradients(lambda x: x.to_sparse(), x)
