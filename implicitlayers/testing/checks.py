@@ -124,10 +124,7 @@ def check_layer(
         >>> check_layer(torch.linalg.inv, strategies.matrices(), max_examples=5)
         Checked(examples=5, inconclusive=0)
     """
-    expect_tolerance(tol)
-    _expect_strategies(inputs, starts)
-    if batched:
-        _expect_tape(modes)
+    _expect_arguments(inputs, starts, tol, modes, batched)
 
     def examine_one(example: Any) -> GradientReport:
         arguments, begin = example if starts is not None else (example, None)
@@ -147,14 +144,12 @@ def check_layer(
     return run_property(drawn, examine_one, max_examples)
 
 
-def _expect_strategies(inputs: Any, starts: Any) -> None:
+def _expect_arguments(inputs: Any, starts: Any, tol: float | None, modes: Sequence[Mode], batched: bool) -> None:
+    expect_tolerance(tol)
     expect_strategy("inputs", inputs, "strategies.tensors((3,))")
     if starts is not None:
         expect_strategy("starts", starts, "strategies.tensors((3,))")
-
-
-def _expect_tape(modes: Sequence[Mode]) -> None:
-    if "reverse" not in modes:
+    if batched and "reverse" not in modes:
         raise ValueError(
             f'batched=True compares gradients by the tape, but modes is {modes!r}; add "reverse" or leave out batched.'
         )

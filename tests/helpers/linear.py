@@ -62,3 +62,11 @@ def with_condition(kind, n, condition, dtype=F64):
         values = values * (-1.0) ** torch.arange(n)
     A = Q @ values.diag() @ Q.T
     return ((A + A.T) / 2).to(dtype)
+
+
+def suited(name, matrices):
+    """A strategy for the matrices that a linear solver is for, from one for any."""
+    if name != "BiCGStab":
+        return matrices
+    # It breaks down where xᵀA x is zero for all x of a subspace, and says so.
+    return matrices.map(lambda A: A / A.norm() / 2 + torch.eye(len(A), dtype=A.dtype))

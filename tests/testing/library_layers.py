@@ -12,6 +12,7 @@ from torch import Tensor
 
 import implicitlayers as il
 from implicitlayers.testing import check_adjoint, check_layer, check_linear_solver, check_solver, strategies
+from tests.helpers.linear import suited
 from tests.testing.planted import systems
 
 F32, F64 = torch.float32, torch.float64
@@ -239,23 +240,15 @@ def linear_solvers() -> Rows:
             ("symmetric", {**SYMMETRIC, **GENERAL}, strategies.spd_matrices), ("general", GENERAL, strategies.matrices),
         ):  # fmt: skip
             for name, make in table.items():
-                solver, matrices = make(t), _for(name, drawn(dtype=dtype))
+                solver, matrices = make(t), suited(name, drawn(dtype=dtype))
                 yield f"{name}, {kind}, {d}", partial(_linear_solver, solver, matrices, dtype)
         for name, make in GENERAL.items():
 
             def layer(A: Tensor, b: Tensor, solver: Any = make(t)) -> Any:
                 return il.linear_solve(A, b, solver=solver, symmetric=False).value
 
-            matrices = _for(name, strategies.matrices(dtype=dtype, max_size=3))
+            matrices = suited(name, strategies.matrices(dtype=dtype, max_size=3))
             yield f"linear_solve by {name}, {d}", _layer(layer, systems(matrices))
-
-
-def _for(name: str, matrices: Any) -> Any:
-    """What a linear solver is for."""
-    if name != "BiCGStab":
-        return matrices
-    # It breaks down where xᵀA x is zero for all x of a subspace, and says so.
-    return matrices.map(lambda A: A / A.norm() / 2 + torch.eye(len(A), dtype=A.dtype))
 
 
 def solvers_alone() -> Rows:
